@@ -1,0 +1,55 @@
+# On a machine with only Python 3.11+ and make: `make run` trains and compares, `make test` tests; both install first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Data files live outside the project; CI finds them beside it.
+export JAXEFF_DATA ?= $(wildcard $(abspath ../shared/data))
+RESULTS := launch/bench/results
+
+.PHONY: run test quick lint bench results notebooks gpu clean
+
+run: $(STAMP)
+	$(BIN)/python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist=loadfile
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist=loadfile -m "not slow and not multidevice and not notebooks"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The peers are not in the test environment: CPU builds of torch come from wherever pip is told to look.
+bench: $(STAMP)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m launch.bench.ops --json $(RESULTS)/ops.json
+
+results: $(STAMP)
+	$(BIN)/python -m launch.bench.results
+
+notebooks: $(STAMP)
+	$(BIN)/jupytext --to ipynb --update notebooks/*.py
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 --override-ini="addopts=" notebooks
+
+# No installation: the Python on the PATH, and nothing that it lacks.
+gpu:
+	$(PYTHON) -m pytest -m gpu -q -p no:cacheprovider tests
+	$(PYTHON) -m launch.bench.ops --device gpu --json $(RESULTS)/ops_gpu.json
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "jaxeff needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# uv installs in seconds what takes pip a minute; where it cannot be had, pip does it.
+	@$(BIN)/python -m pip install --quiet uv 2>/dev/null || true
+	@if $(BIN)/python -m uv --version >/dev/null 2>&1 && UV_PYTHON_DOWNLOADS=never $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[test]"; \
+	then echo "installed with uv"; \
+	else $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]" && echo "installed with pip"; fi
+	@touch $(STAMP)

@@ -1,0 +1,58 @@
+"""The fields that every classification experiment has, with their defaults; experiments change what they need."""
+
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+
+def base(dataset: str) -> ConfigDict:
+    """All fields of `launch.train`.
+
+    Zero for `steps`, `eval_every` and `checkpoint_every` means: from `epochs`, ten times a run, four times a run.
+    """
+    config = ConfigDict()
+    config.dataset = dataset
+    config.train_split = "train"
+    config.test_split = "test"
+    config.seeds = (0,)
+    config.batch_size = 128
+    config.eval_batch_size = 256
+    config.epochs = 10
+    config.steps = 0
+    config.networks = ConfigDict()
+    config.dtype = "float32"
+    config.optimizer = ConfigDict()
+    config.label_smoothing = 0.0
+    config.ema_decay = config_dict.placeholder(float)
+    config.augment = ConfigDict({"crop": 0, "flip": False, "cutout": 0, "mixup": 0.0})
+    config.eval_every = 0
+    config.log_every = 20
+    config.checkpoint_every = 0
+    config.keep = 3
+    config.latency_batch = 64
+    config.tensorboard = False
+    config.distributed = ConfigDict(
+        {
+            "coordinator_address": config_dict.placeholder(str),
+            "num_processes": config_dict.placeholder(int),
+            "process_id": config_dict.placeholder(int),
+        }
+    )
+    return config
+
+
+def network(model: str, *, kind: str = "first_order", branch_norm: str | None = None, **options: Any) -> ConfigDict:
+    """One network of an experiment: a name of `jaxeff.models.ZOO` with its options, and the kind of its neurons."""
+    section = ConfigDict({"model": model, "kind": kind, "options": ConfigDict(options)})
+    section.branch_norm = config_dict.placeholder(str)
+    section.branch_norm = branch_norm
+    section.select = config_dict.placeholder(str)
+    return section
+
+
+def sgd(rate: float, *, warmup: int = 0, weight_decay: float = 5e-4, end: float = 0.0) -> ConfigDict:
+    """SGD with momentum 0.9, a cosine schedule and global-norm clipping at 0.5, QuadraLib's recipe."""
+    schedule = ConfigDict({"name": "cosine", "base": rate, "warmup": warmup, "end": end})
+    return ConfigDict(
+        {"name": "sgd", "momentum": 0.9, "weight_decay": weight_decay, "clip_norm": 0.5, "schedule": schedule}
+    )

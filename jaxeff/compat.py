@@ -1,0 +1,56 @@
+"""Every branch on the version of jax: the rest of the package asks here and never looks at a version.
+
+Covers jax 0.10 (Python 3.11) to 0.11 (Python 3.12), which changed two things in jaxprs: the closed and the open class
+became one, and `scan` says where its constants and carry lie through a pair of flat trees where it used to say it
+through two integers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax.extend import core
+
+__all__ = ["has_side_effects", "is_jaxpr", "is_literal", "jaxpr_constants", "manual_axes", "scan_operands"]
+
+
+def is_jaxpr(value: Any) -> bool:
+    """Says whether `value` is a jaxpr, closed or open."""
+    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+
+
+def is_literal(atom: Any) -> bool:
+    """Says whether an input or output of an equation is a literal, whose value is `atom.val`, and not a variable."""
+    return isinstance(atom, core.Literal)
+
+
+def jaxpr_constants(jaxpr: Any) -> tuple[Any, ...]:
+    """Returns the values that a jaxpr closed over, one for each of its `constvars`; an open jaxpr has none."""
+    return tuple(getattr(jaxpr, "consts", ()))
+
+
+def scan_operands(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Counts the operands of a `scan` equation by role.
+
+    Args:
+      params: the parameters of the equation.
+
+    Returns:
+      How many operands are constants, and how many of those that follow are the carry; the rest is scanned over.
+    """
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].unpack()
+    return len(constants), len(carry)
+
+
+def manual_axes(params: Mapping[str, Any]) -> frozenset[str]:
+    """Names the mesh axes over which a `shard_map` equation with these parameters splits its operands."""
+    return frozenset(params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"])
+
+
+def has_side_effects(effects: Any) -> bool:
+    """Says whether an equation with these effects must be kept even when nothing reads its results.
+
+    The effect of naming a mesh axis, which every collective has, orders nothing and keeps nothing alive.
+    """
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in effects)

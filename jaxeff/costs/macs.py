@@ -1,0 +1,96 @@
+"""Multiply-accumulates of one equation: convolutions and matrix products, counted from shapes alone."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+CONVENTIONS = ("paper", "xla")
+
+# Arithmetic that is neither elementwise nor counted; a report that meets one of these says so in its notes.
+UNCOUNTED = frozenset(
+    "cholesky cholesky_update eig eigh ffi_call fft hessenberg householder_product io_callback lu "
+    "pure_callback qr schur svd symmetric_product triangular_solve tridiagonal tridiagonal_solve".split()
+)
+
+
+def equation_macs(equation: Any, convention: str) -> int:
+    """Counts the multiply-accumulates of one jaxpr equation, once.
+
+    Args:
+      equation: a jaxpr equation of any primitive.
+      convention: "paper" counts every tap of a convolution at every output position; "xla" leaves out the taps that
+        fall into padding or into the holes of a dilated input, as XLA's own cost analysis does.
+
+    Returns:
+      A number of multiply-accumulates; 0 for everything that is not a convolution or a matrix product.
+    """
+    count = _COUNTERS.get(equation.primitive.name)
+    return 0 if count is None else count(equation, convention)
+
+
+def valid_taps(size: int, outputs: int, taps: int, stride: int, low: int, dilation: int, kernel_dilation: int) -> int:
+    """Counts the (output position, kernel tap) pairs along one axis whose input is a real element.
+
+    Args:
+      size: length of the input axis.
+      outputs: length of the output axis.
+      taps: length of the kernel axis.
+      stride: step between windows.
+      low: padding before the first element; negative when elements are cut off.
+      dilation: distance between neighbouring elements of the input (1: no holes).
+      kernel_dilation: distance between neighbouring taps of the kernel.
+
+    Returns:
+      A count between 0 and `outputs * taps`.
+    """
+    if not size:
+        return 0
+    position = np.arange(outputs)[:, None] * stride - low + np.arange(taps)[None, :] * kernel_dilation
+    real = (position >= 0) & (position <= (size - 1) * dilation) & (position % dilation == 0)
+    return int(np.count_nonzero(real))
+
+
+def _convolution(equation: Any, convention: str) -> int:
+    inputs, kernel = (atom.aval.shape for atom in equation.invars)
+    outputs = equation.outvars[0].aval.shape
+    params = equation.params
+    in_spec, kernel_spec, out_spec = params["dimension_numbers"]
+    # The kernel's input channels are already those of one group, and the output's batch that of one batch group.
+    channels = outputs[out_spec[0]] * outputs[out_spec[1]] * kernel[kernel_spec[1]]
+    if convention == "paper":
+        return channels * math.prod(outputs[d] for d in out_spec[2:]) * math.prod(kernel[d] for d in kernel_spec[2:])
+    spatial = (
+        valid_taps(inputs[i], outputs[o], kernel[k], stride, low, dilation, kernel_dilation)
+        for i, o, k, stride, (low, _), dilation, kernel_dilation in zip(
+            in_spec[2:],
+            out_spec[2:],
+            kernel_spec[2:],
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+            strict=True,
+        )
+    )
+    return channels * math.prod(spatial)
+
+
+def _dot(equation: Any, convention: str) -> int:
+    del convention
+    left = equation.invars[0].aval.shape
+    (contracting, _), _ = equation.params["dimension_numbers"]
+    return math.prod(equation.outvars[0].aval.shape) * math.prod(left[d] for d in contracting)
+
+
+def _ragged_dot(equation: Any, convention: str) -> int:
+    """Every element of the left operand belongs to one group, so it meets the right operand's free axes once."""
+    del convention
+    left, right = (atom.aval.shape for atom in equation.invars[:2])
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (_, contracting), (_, batch) = numbers.dot_dimension_numbers
+    shared = {*contracting, *batch, *numbers.rhs_group_dimensions}
+    return math.prod(left) * math.prod(size for axis, size in enumerate(right) if axis not in shared)
+
+
+_COUNTERS = {"conv_general_dilated": _convolution, "dot_general": _dot, "ragged_dot_general": _ragged_dot}

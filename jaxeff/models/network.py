@@ -1,0 +1,214 @@
+"""One Flax module that runs any architecture, with layer factories for everything a method may replace.
+
+A factory is a function from a layer description to a Linen module, so a network becomes quadratic, gated or grouped by
+being given other factories, never by a second copy:
+
+    conv(layer: spec.Conv, **settings) -> module; module(x, train) -> y
+    dense(layer: spec.Dense, **settings) -> module; module(x, train) -> y
+    gate(layer, name) -> module; module(x, train) -> y
+
+`settings` are `name`, `bias: bool`, `groups: int` (convolutions), `dtype`, `param_dtype` and `axis_name`; a factory
+passes on what its module knows. Parameters are plain nested dictionaries: `params["conv1"]["layer"]["kernel"]`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxeff import spec
+from jaxeff.ops import Norm, avg_pool, conv_general_dilated, global_avg_pool, max_pool
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+class FirstOrderConv(nn.Conv):
+    """Stock Linen convolution through `jaxeff.ops.conv_general_dilated`; `train` is accepted and ignored."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Convolves x [N, H, W, I] to [N, H', W', features]."""
+        return super().__call__(x)
+
+
+class FirstOrderDense(nn.Dense):
+    """Stock Linen dense layer; `train` is accepted and ignored."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps x [N, I] to [N, features]."""
+        return super().__call__(x)
+
+
+def first_order_conv(
+    layer: spec.Conv, *, name: str, bias: bool, groups: int, dtype: Any, param_dtype: Any, axis_name: str | None = None
+):
+    """Convolution factory for kind "first_order": Kaiming-normal kernels, `jaxeff.ops` convolution.
+
+    Raises:
+      ValueError: for any other kind.
+    """
+    _check_first_order(layer, "conv")
+    return FirstOrderConv(
+        layer.features,
+        layer.kernel,
+        layer.strides,
+        layer.padding,
+        feature_group_count=groups,
+        use_bias=bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=nn.initializers.he_normal(),
+        conv_general_dilated=conv_general_dilated,
+        name=name,
+    )
+
+
+def first_order_dense(
+    layer: spec.Dense, *, name: str, bias: bool, dtype: Any, param_dtype: Any, axis_name: str | None = None
+):
+    """Dense factory for kind "first_order"; Kaiming-normal before a ReLU, LeCun-normal otherwise.
+
+    Raises:
+      ValueError: for any other kind.
+    """
+    _check_first_order(layer, "dense")
+    init = nn.initializers.he_normal() if layer.act == "relu" else nn.initializers.lecun_normal()
+    return FirstOrderDense(layer.features, bias, dtype, param_dtype, kernel_init=init, name=name)
+
+
+class Network(nn.Module):
+    """Runs an architecture.
+
+    Attributes:
+      architecture: what to run.
+      conv: convolution factory.
+      dense: dense factory.
+      gate: gate factory; needed when a layer has a gate.
+      dtype: dtype of activations and of the arithmetic (for example bfloat16); None follows the input.
+      param_dtype: dtype of the parameters.
+      axis_name: mapped axis over which batch norm shares its statistics.
+
+    Raises:
+      ValueError: for an unknown activation or norm, a kind its factory does not know, or a gate without a factory.
+    """
+
+    architecture: spec.Architecture
+    conv: Callable[..., nn.Module] = first_order_conv
+    dense: Callable[..., nn.Module] = first_order_dense
+    gate: Callable[..., nn.Module] | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps x [N, *input_shape], floating point, to the last layer's output [N, features] in float32."""
+        expected = tuple(self.architecture.input_shape)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(
+                f"{self.architecture.name!r} takes inputs [N, {', '.join(map(str, expected))}], got {x.shape}"
+            )
+        settings = _Settings(self.conv, self.dense, self.gate, self.dtype, self.param_dtype, self.axis_name)
+        for layer in self.architecture.layers:
+            x = _Step(layer, settings, name=layer.name)(x, train)
+        # Losses and metrics are computed in float32 whatever the network computes in.
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class _Settings(NamedTuple):
+    conv: Callable[..., nn.Module]
+    dense: Callable[..., nn.Module]
+    gate: Callable[..., nn.Module] | None
+    dtype: Any
+    param_dtype: Any
+    axis_name: str | None
+
+
+class _Step(nn.Module):
+    """One layer of an architecture with what follows it; residual blocks hold further steps."""
+
+    layer: Any
+    settings: _Settings
+
+    @nn.compact
+    def __call__(self, x, train):
+        layer = self.layer
+        if isinstance(layer, spec.Conv | spec.Dense):
+            return _weighted(layer, self.settings, x, train)
+        if isinstance(layer, spec.Pool):
+            return (max_pool if layer.reduce == "max" else avg_pool)(x, tuple(layer.window))
+        if isinstance(layer, spec.GlobalPool):
+            return global_avg_pool(x)
+        if isinstance(layer, spec.Flatten):
+            return x.reshape(x.shape[0], -1)
+        if isinstance(layer, spec.Dropout):
+            return nn.Dropout(layer.rate)(x, deterministic=not train)
+        if isinstance(layer, spec.Residual):
+            return _residual(layer, self.settings, x, train)
+        raise TypeError(f"{type(layer).__name__} is not a layer class of jaxeff.spec")
+
+
+def _weighted(layer, net: _Settings, x, train):
+    """Runs inside the compact call of a step, so the modules made here belong to that step."""
+    if net.dtype is not None:
+        x = x.astype(net.dtype)
+    settings = dict(name="layer", dtype=net.dtype, param_dtype=net.param_dtype, axis_name=net.axis_name)
+    # A bias just before a norm has gradient zero: it is dead weight.
+    settings["bias"] = layer.bias if layer.bias is not None else not (layer.norm or layer.branch_norm)
+    if isinstance(layer, spec.Conv):
+        module = net.conv(layer, groups=layer.groups or x.shape[-1], **settings)
+    else:
+        module = net.dense(layer, **settings)
+    x = module(x, train)
+    if layer.norm:
+        norm = Norm(layer.norm, axis_name=net.axis_name, dtype=net.dtype, param_dtype=net.param_dtype, name="norm")
+        x = norm(x, train)
+    x = activation(layer.act)(x)
+    if layer.gate is None:
+        return x
+    if net.gate is None:
+        raise ValueError(f"layer {layer.name!r} has a gate, but the network has no gate factory: pass gate=")
+    return net.gate(layer, name="gate")(x, train)
+
+
+def _residual(layer, net: _Settings, x, train):
+    y = x
+    for inner in layer.body:
+        y = _Step(inner, net, name=inner.name)(y, train)
+    if isinstance(layer.shortcut, spec.Conv):
+        x = _Step(layer.shortcut, net, name=layer.shortcut.name)(x, train)
+    elif layer.shortcut == "pad":
+        stride = [-(-a // b) for a, b in zip(x.shape[1:3], y.shape[1:3], strict=True)]
+        extra = y.shape[-1] - x.shape[-1]
+        x = jnp.pad(x[:, :: stride[0], :: stride[1]], ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
+    return activation(layer.act)(y + x.astype(y.dtype))
+
+
+def activation(name: str | None) -> Callable[[jax.Array], jax.Array]:
+    """The activation function of that name; None is the identity.
+
+    Raises:
+      ValueError: listing the valid names.
+    """
+    if name is None:
+        return lambda x: x
+    if name not in ACTIVATIONS:
+        raise ValueError(f"act must be None or one of {', '.join(map(repr, ACTIVATIONS))}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def _check_first_order(layer: Any, argument: str) -> None:
+    if layer.kind != "first_order":
+        raise ValueError(
+            f"layer {layer.name!r} is of kind {layer.kind!r}, and the network's {argument} factory only makes "
+            f"'first_order' layers; pass {argument}=jaxeff.quadratic.{argument}_layer (or a factory of your own)"
+        )

@@ -1,0 +1,298 @@
+"""Convolution whose gradient is fast everywhere: at top level, inside loops and under `vmap`.
+
+On CPU, XLA moves a convolution into its fast layout only in the entry computation of a program. Forward convolutions
+in NHWC / HWIO are in that layout already, but the transposes that automatic differentiation writes are not, and inside
+`lax.scan`, `lax.map` or `while` they fall to a scalar kernel (jax-ml/jax#12868). Grouped convolutions and their
+weight gradients are slow for related reasons (jax-ml/jax#13800). Here both gradients are written out as programs that
+are already in fast form, and a mapped client axis is unrolled into separate convolutions instead of becoming one
+grouped convolution.
+
+Three bilinear maps close under differentiation, so gradients of any order are available in reverse mode:
+
+    y  = forward(x, k)            dx = forward(g, flipped k)            dk = weight_gradient(x, g)
+
+Letters used below: N batch, I and O input and output channels, G groups.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from jaxeff.ops import lowering
+from jaxeff.ops.lowering import Window
+
+Impl = Literal["lax", "canonical", "auto"]
+IMPLS: tuple[str, ...] = ("lax", "canonical", "auto")
+
+_IMPL: contextvars.ContextVar[str] = contextvars.ContextVar("jaxeff_conv_impl", default="auto")
+_UNROLL: contextvars.ContextVar[int] = contextvars.ContextVar("jaxeff_conv_unroll", default=32)
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    *,
+    impl: Impl | None = None,
+) -> jax.Array:
+    """Drop-in for `jax.lax.conv_general_dilated` whose gradient stays fast in loops and under `vmap` on CPU.
+
+    Pass it to stock Flax layers: `nn.Conv(..., conv_general_dilated=jaxeff.ops.conv_general_dilated)` (Linen and NNX).
+
+    Args:
+      lhs: input of rank n+2, laid out as `dimension_numbers` says (lax's default is NCHW; Flax passes NHWC).
+      rhs: kernel of rank n+2, same dtype.
+      window_strides: n strides.
+      padding: "SAME", "SAME_LOWER", "VALID" or n pairs (low, high); pairs may be asymmetric and negative.
+      lhs_dilation: n input dilations (fractional strides), default 1.
+      rhs_dilation: n kernel dilations, default 1.
+      dimension_numbers: as in lax.
+      feature_group_count: number of channel groups G; must divide both channel counts.
+      batch_group_count: as in lax; anything but 1 is handed to lax.
+      precision: as in lax.
+      preferred_element_type: as in lax.
+      out_sharding: as in lax; anything but None is handed to lax.
+      impl: "lax" for the stock primitive (needed for forward-mode differentiation), "canonical" for ours, "auto" for
+        ours on CPU and stock elsewhere. None takes the choice of the surrounding `conv_impl` context, "auto" outside.
+        The choice is made when the function is traced.
+
+    Returns:
+      The convolution, equal to lax's within float rounding.
+
+    Raises:
+      ValueError: for an unknown `impl`, ranks or channels that do not fit, or groups that do not divide the channels.
+      TypeError: for integer kernels' and inputs' dtypes that differ.
+    """
+    impl = _checked_impl(_IMPL.get() if impl is None else impl)
+    _check_operands(lhs, rhs, window_strides, dimension_numbers, feature_group_count, batch_group_count)
+    use_lax = impl == "lax" or (impl == "auto" and jax.default_backend() != "cpu")
+    outside = batch_group_count != 1 or out_sharding is not None or not jnp.issubdtype(lhs.dtype, jnp.floating)
+    if outside and impl == "canonical":
+        raise ValueError(
+            "impl='canonical' covers real floating-point convolutions with batch_group_count=1 and out_sharding=None; "
+            f"got dtype {lhs.dtype}, batch_group_count={batch_group_count}, out_sharding={out_sharding}. "
+            "Use impl='lax' or 'auto'."
+        )
+    if use_lax or outside:
+        kwargs = {} if out_sharding is None else {"out_sharding": out_sharding}
+        return lax.conv_general_dilated(
+            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
+            batch_group_count, precision, preferred_element_type, **kwargs,
+        )  # fmt: skip
+
+    n = lhs.ndim - 2
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    lhs_dilation = tuple(lhs_dilation) if lhs_dilation is not None else (1,) * n
+    rhs_dilation = tuple(rhs_dilation) if rhs_dilation is not None else (1,) * n
+    x = _permuted(lhs, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
+    k = _permuted(rhs, (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]))
+    window = Window(
+        strides=tuple(window_strides),
+        padding=_explicit_padding(padding, x.shape[1:-1], k.shape[:-2], window_strides, lhs_dilation, rhs_dilation),
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        groups=feature_group_count,
+        precision=lax.Precision(precision) if isinstance(precision, str) else precision,
+        out_dtype=None if preferred_element_type is None else np.dtype(preferred_element_type),
+    )
+    y = _conv(window, x, k)
+    # The canonical result is (batch, spatial..., features); out_spec says where lax's caller wants each of them.
+    back = np.argsort((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]))
+    return _permuted(y, tuple(int(axis) for axis in back))
+
+
+@contextlib.contextmanager
+def conv_impl(impl: Impl, *, unroll: int | None = None) -> Iterator[None]:
+    """Chooses the implementation of every convolution traced inside the `with` block that does not choose itself.
+
+    Args:
+      impl: "lax", "canonical" or "auto", see `conv_general_dilated`.
+      unroll: largest mapped axis that `vmap` unrolls into separate convolutions; longer ones become a `lax.map`.
+        None leaves it as it is (32 outside any context).
+
+    Raises:
+      ValueError: for an unknown `impl` or a negative `unroll`.
+    """
+    if unroll is not None and unroll < 0:
+        raise ValueError(f"unroll must be >= 0 (0 maps every client axis with lax.map), got {unroll}")
+    token = _IMPL.set(_checked_impl(impl))
+    unroll_token = _UNROLL.set(_UNROLL.get() if unroll is None else unroll)
+    try:
+        yield
+    finally:
+        _UNROLL.reset(unroll_token)
+        _IMPL.reset(token)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
+    return _forward(window)(x, k)
+
+
+def _conv_fwd(window, x, k):
+    # The rule itself goes through `_conv`, so that an outer differentiation finds a differentiable function here.
+    return _conv(window, x, k), (x, k)
+
+
+def _conv_bwd(window, residuals, g):
+    x, k = residuals
+    g = g.astype(x.dtype)  # differs when preferred_element_type widened the output
+    return _input_gradient(window, x.shape, k, g), _weight_gradient(window, k.shape, x, g)
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)
+
+
+def _input_gradient(window: Window, x_shape: tuple[int, ...], k: jax.Array, g: jax.Array) -> jax.Array:
+    """Gradient with respect to the input: again a forward convolution, with strides and input dilation swapped."""
+    kernel = k.shape[:-2]
+    padding = []
+    for axis, (low, _) in enumerate(window.padding):
+        reach = (kernel[axis] - 1) * window.rhs_dilation[axis]
+        dilated_in = (x_shape[1 + axis] - 1) * window.lhs_dilation[axis] + 1
+        dilated_out = (g.shape[1 + axis] - 1) * window.strides[axis] + 1
+        padding.append((reach - low, dilated_in + low - dilated_out))
+    turned = window._replace(
+        strides=window.lhs_dilation, padding=tuple(padding), lhs_dilation=window.strides, out_dtype=None
+    )
+    return _conv(turned, g, _transposed_kernel(k, window.groups))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weight_gradient(window: Window, k_shape: tuple[int, ...], x: jax.Array, g: jax.Array) -> jax.Array:
+    return _weight(window, k_shape)(x, g)
+
+
+def _weight_gradient_fwd(window, k_shape, x, g):
+    return _weight_gradient(window, k_shape, x, g), (x, g)
+
+
+def _weight_gradient_bwd(window, k_shape, residuals, dk):
+    x, g = residuals
+    return _input_gradient(window, x.shape, dk, g), _conv(window._replace(out_dtype=None), x, dk)
+
+
+_weight_gradient.defvjp(_weight_gradient_fwd, _weight_gradient_bwd)
+
+
+# --- the batching rule ------------------------------------------------------------------------------------------------
+
+
+def _mappable(compute, merge=None):
+    """Wraps a binary function so that a mapped axis becomes separate calls instead of one grouped convolution.
+
+    Args:
+      compute: function (a, b) -> array of the unmapped operands.
+      merge: optional function (a, b) for a mapped and b shared, which folds the mapped axis into the batch.
+    """
+
+    @custom_vmap
+    def op(a, b):
+        return compute(a, b)
+
+    @op.def_vmap
+    def rule(axis_size, in_batched, a, b):
+        a_mapped, b_mapped = in_batched
+        if merge is not None and a_mapped and not b_mapped:
+            return merge(op, a, b), True
+        if axis_size <= _UNROLL.get():
+            parts = [op(a[i] if a_mapped else a, b[i] if b_mapped else b) for i in range(axis_size)]
+            return jnp.stack(parts), True
+        mapped = tuple(operand for operand, is_mapped in ((a, a_mapped), (b, b_mapped)) if is_mapped)
+
+        def one(operands):
+            rest = iter(operands)
+            return op(next(rest) if a_mapped else a, next(rest) if b_mapped else b)
+
+        return lax.map(one, mapped), True
+
+    return op
+
+
+def _forward(window: Window):
+    def merge(op, x, k):
+        y = op(x.reshape(-1, *x.shape[2:]), k)
+        return y.reshape(*x.shape[:2], *y.shape[1:])
+
+    return _mappable(partial(lowering.convolve, window), merge)
+
+
+def _weight(window: Window, k_shape: tuple[int, ...]):
+    return _mappable(partial(lowering.weight_gradient, window, k_shape))
+
+
+# --- geometry ---------------------------------------------------------------------------------------------------------
+
+
+def _transposed_kernel(k: jax.Array, groups: int) -> jax.Array:
+    """[kh, kw, I/G, O] flipped in space, with the channels of each group swapped: [kh, kw, O/G, I]."""
+    *kernel, i, o = k.shape
+    flipped = lax.rev(k, tuple(range(len(kernel))))
+    split = flipped.reshape(*kernel, i, groups, o // groups)
+    return jnp.swapaxes(split, -1, -3).reshape(*kernel, o // groups, groups * i)
+
+
+def _explicit_padding(padding, in_shape, kernel, strides, lhs_dilation, rhs_dilation) -> tuple[tuple[int, int], ...]:
+    if not isinstance(padding, str):
+        return tuple((int(low), int(high)) for low, high in padding)
+    if any(d != 1 for d in lhs_dilation):
+        raise ValueError(
+            f"padding={padding!r} has no agreed meaning with lhs_dilation={lhs_dilation}; give (low, high) pairs"
+        )
+    reach = [(size - 1) * d + 1 for size, d in zip(kernel, rhs_dilation, strict=True)]
+    pairs = lax.padtype_to_pads(in_shape, reach, strides, padding)
+    return tuple((int(low), int(high)) for low, high in pairs)
+
+
+def _permuted(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return array if axes == tuple(range(array.ndim)) else array.transpose(axes)
+
+
+def _checked_impl(impl: str) -> str:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    return impl
+
+
+def _check_operands(lhs, rhs, strides, dimension_numbers, groups, batch_groups) -> None:
+    if lhs.ndim != rhs.ndim or lhs.ndim < 3:
+        raise ValueError(
+            f"a convolution takes an input and a kernel of equal rank >= 3 (batch, channels and space), got input "
+            f"{lhs.shape} and kernel {rhs.shape}"
+        )
+    if lhs.dtype != rhs.dtype:
+        raise TypeError(f"input and kernel must have one dtype, got {lhs.dtype} and {rhs.dtype}; cast one of them")
+    if len(strides) != lhs.ndim - 2:
+        raise ValueError(f"window_strides must have {lhs.ndim - 2} entries for input {lhs.shape}, got {strides}")
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    channels, per_group = lhs.shape[numbers.lhs_spec[1]], rhs.shape[numbers.rhs_spec[1]]
+    features = rhs.shape[numbers.rhs_spec[0]]
+    if groups < 1 or channels % groups or features % groups:
+        raise ValueError(
+            f"feature_group_count={groups} must divide the {channels} input channels and the {features} output "
+            "features; choose a common divisor of both"
+        )
+    if per_group * groups != channels:
+        raise ValueError(
+            f"kernel {rhs.shape} takes {per_group} input channels per group, but the input {lhs.shape} has {channels} "
+            f"channels in {groups} group(s), that is {channels // groups} per group"
+        )
+    if batch_groups != 1 and lhs.shape[numbers.lhs_spec[0]] % batch_groups:
+        raise ValueError(f"batch_group_count={batch_groups} must divide the batch of input {lhs.shape}")

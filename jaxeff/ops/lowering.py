@@ -1,0 +1,176 @@
+"""How one channels-last convolution, and its weight gradient, is handed to XLA.
+
+Three forms compute the same numbers; which one is fast depends on the shape and, on CPU, on what XLA's convolution
+does badly:
+
+* `direct`: one `lax.conv_general_dilated` in NHWC / HWIO, the layout XLA's CPU convolution is written for;
+* `shifts`: one matrix product (or, depthwise, one multiply-add) per kernel tap over a shifted view of the input;
+* `per group`: each channel group on its own, because grouped convolutions run on a slow path.
+
+Nothing here is differentiated by JAX: `jaxeff.ops.conv` defines the derivatives in terms of these functions.
+Letters: N batch, I and O input and output channels, G groups, taps = kernel positions.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# Above this many channel groups, separate convolutions cost more to compile than they save.
+MAX_SEPARATE_GROUPS = 32
+# Above this many taps (a 7x7 kernel), one product per tap loses to a single convolution.
+MAX_TAPS = 49
+
+
+class Window(NamedTuple):
+    """Static description of a channels-last convolution; hashable, so it may key a compilation."""
+
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    groups: int = 1
+    precision: Any = None
+    out_dtype: Any = None
+
+
+def convolve(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
+    """Convolution of x [N, *space, I] with k [*kernel, I/G, O], giving [N, *out_space, O]."""
+    groups = window.groups
+    if groups == 1:
+        return _direct(window, x, k)
+    if groups == x.shape[-1] and math.prod(k.shape[:-2]) <= MAX_TAPS:
+        return _depthwise(window, x, k)
+    if groups <= MAX_SEPARATE_GROUPS:
+        one = window._replace(groups=1)
+        pairs = zip(jnp.split(x, groups, axis=-1), jnp.split(k, groups, axis=-1), strict=True)
+        return jnp.concatenate([_direct(one, xg, kg) for xg, kg in pairs], axis=-1)
+    return _direct(window, x, k)
+
+
+def weight_gradient(window: Window, k_shape: tuple[int, ...], x: jax.Array, g: jax.Array) -> jax.Array:
+    """Gradient of the kernel [*kernel, I/G, O] from the input x and the output gradient g [N, *out_space, O]."""
+    groups, taps = window.groups, math.prod(k_shape[:-2])
+    if groups == 1:
+        if taps <= MAX_TAPS:
+            return _dense_weight_by_shifts(window, k_shape, x, g)
+        return _dense_weight_by_convolution(window, k_shape, x, g)
+    if groups == x.shape[-1] and taps <= MAX_TAPS:
+        return _depthwise_weight(window, k_shape, x, g)
+    if groups <= MAX_SEPARATE_GROUPS:
+        one, shape = window._replace(groups=1), (*k_shape[:-1], k_shape[-1] // groups)
+        pairs = zip(jnp.split(x, groups, axis=-1), jnp.split(g, groups, axis=-1), strict=True)
+        return jnp.concatenate([weight_gradient(one, shape, xg, gg) for xg, gg in pairs], axis=-1)
+    return _grouped_weight_by_shifts(window, k_shape, x, g)
+
+
+def _direct(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
+    if any(low < 0 or high < 0 for low, high in window.padding):
+        # XLA's CPU convolution reads outside its input when padding is negative (jax 0.10.2), so we crop instead.
+        x, window = (
+            _with_margins(window, x),
+            window._replace(padding=((0, 0),) * (x.ndim - 2), lhs_dilation=(1,) * (x.ndim - 2)),
+        )
+    return lax.conv_general_dilated(
+        x,
+        k,
+        window.strides,
+        window.padding,
+        window.lhs_dilation,
+        window.rhs_dilation,
+        _channels_last(x.ndim),
+        window.groups,
+        precision=window.precision,
+        preferred_element_type=window.out_dtype,
+    )
+
+
+def _depthwise(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
+    multiplier = k.shape[-1] // x.shape[-1]
+    accumulator = _accumulator(x, window)
+    # Output feature o reads channel o // multiplier.
+    views = _shifted_views(window, k.shape, jnp.repeat(x, multiplier, axis=-1) if multiplier > 1 else x)
+    y = sum(view.astype(accumulator) * k[tap][0].astype(accumulator) for tap, view in views)
+    return y.astype(window.out_dtype or x.dtype)
+
+
+def _depthwise_weight(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
+    multiplier = k_shape[-1] // x.shape[-1]
+    accumulator = _accumulator(x, window)
+    wide = g.astype(accumulator)
+    views = _shifted_views(window, k_shape, jnp.repeat(x, multiplier, axis=-1) if multiplier > 1 else x)
+    axes = tuple(range(x.ndim - 1))
+    rows = [jnp.sum(view.astype(accumulator) * wide, axis=axes) for _, view in views]
+    return jnp.stack(rows).reshape(k_shape).astype(x.dtype)
+
+
+def _dense_weight_by_shifts(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
+    contract = tuple(range(x.ndim - 1))
+    products = [
+        lax.dot_general(view, g, ((contract, contract), ((), ())), precision=window.precision)
+        for _, view in _shifted_views(window, k_shape, x)
+    ]
+    return jnp.stack(products).reshape(k_shape)
+
+
+def _grouped_weight_by_shifts(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
+    groups = window.groups
+    grouped_g = g.reshape(-1, groups, g.shape[-1] // groups)
+    products = [
+        jnp.einsum("ngi,ngo->igo", view.reshape(-1, groups, k_shape[-2]), grouped_g, precision=window.precision)
+        for _, view in _shifted_views(window, k_shape, x)
+    ]
+    return jnp.stack(products).reshape(k_shape)
+
+
+def _dense_weight_by_convolution(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
+    """The batch acts as the channels, so both operands are transposed first and the result is channels-last again."""
+    space = tuple(range(1, x.ndim - 1))
+    padding = []
+    for axis, (low, _) in enumerate(window.padding):
+        reach = (k_shape[axis] - 1) * window.rhs_dilation[axis] + 1
+        dilated_in = (x.shape[1 + axis] - 1) * window.lhs_dilation[axis] + 1
+        dilated_out = (g.shape[1 + axis] - 1) * window.strides[axis] + 1
+        padding.append((low, reach - 1 + dilated_out - dilated_in - low))
+    dk = lax.conv_general_dilated(
+        x.transpose(x.ndim - 1, *space, 0),
+        g.transpose(*space, 0, x.ndim - 1),
+        window.rhs_dilation,
+        padding,
+        window.lhs_dilation,
+        window.strides,
+        _channels_last(x.ndim),
+        precision=window.precision,
+    )
+    return dk.transpose(*space, 0, x.ndim - 1)
+
+
+def _shifted_views(window: Window, k_shape, x: jax.Array) -> Iterator[tuple[tuple[int, ...], jax.Array]]:
+    """For every kernel tap, the part of the padded input that this tap multiplies: [N, *out_space, I]."""
+    padded = _with_margins(window, x)
+    kernel, strides = k_shape[:-2], window.strides
+    reach = [(size - 1) * d + 1 for size, d in zip(kernel, window.rhs_dilation, strict=True)]
+    out = [(size - r) // s + 1 for size, r, s in zip(padded.shape[1:-1], reach, strides, strict=True)]
+    for tap in np.ndindex(*kernel):
+        start = [t * d for t, d in zip(tap, window.rhs_dilation, strict=True)]
+        stop = [a + (o - 1) * s + 1 for a, o, s in zip(start, out, strides, strict=True)]
+        yield tap, lax.slice(padded, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1))
+
+
+def _with_margins(window: Window, x: jax.Array) -> jax.Array:
+    margins = [(low, high, d - 1) for (low, high), d in zip(window.padding, window.lhs_dilation, strict=True)]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
+
+
+def _channels_last(rank: int) -> lax.ConvDimensionNumbers:
+    space = tuple(range(1, rank - 1))
+    kernel = (rank - 1, rank - 2, *range(rank - 2))
+    return lax.ConvDimensionNumbers((0, rank - 1, *space), kernel, (0, rank - 1, *space))
+
+
+def _accumulator(x: jax.Array, window: Window):
+    return jnp.promote_types(window.out_dtype or x.dtype, jnp.float32)

@@ -1,0 +1,400 @@
+"""Architectures as data: what a network is, without a line of how it computes.
+
+An `Architecture` is a tuple of frozen layer descriptions. Every change that a method makes to a network (quadratic
+layers, gates, groups, other widths, fewer layers) is a pure function from architecture to architecture, so methods
+compose and no network is written twice. `jaxeff.models.Network` turns an architecture into a Flax module.
+
+>>> net = Architecture("tiny", (8, 8, 1), (Conv("conv1", 16), Pool("pool"), GlobalPool("mean"), Dense("head", 10)))
+>>> [layer.kind for _, layer in walk(quadratize(net)) if isinstance(layer, Conv)]
+['quadralib']
+>>> shapes(net)["pool"].output
+(4, 4, 16)
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+Role = Literal["body", "stem", "shortcut", "head"]
+DEPTHWISE = 0
+"""As `Conv.groups`: one group per input channel."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """A 2D convolution with what follows it: norm, activation, gate.
+
+    Attributes:
+      name: unique among its siblings.
+      features: output channels.
+      kernel: (height, width).
+      strides: (vertical, horizontal).
+      padding: "SAME", "VALID" or two (low, high) pairs.
+      groups: channel groups; `DEPTHWISE` (0) for one group per input channel.
+      kind: neuron type; "first_order" or a kind of `jaxeff.quadratic`.
+      branch_norm: norm of each projection inside a neuron with several ("batch", "group", ..., None).
+      norm: norm of the layer's output.
+      act: "relu", "relu6", "gelu", "silu", "tanh" or None.
+      bias: whether the projections have a bias; None means only where no norm follows them.
+      gate: settings of a gate on the output, read by the gate factory; None for no gate.
+      role: what the layer is for; edits touch "body" layers unless told otherwise.
+    """
+
+    name: str
+    features: int
+    kernel: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
+    padding: Any = "SAME"
+    groups: int = 1
+    kind: str = "first_order"
+    branch_norm: str | None = None
+    norm: str | None = None
+    act: str | None = "relu"
+    bias: bool | None = None
+    gate: Any = None
+    role: Role = "body"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A dense layer with what follows it; the attributes mean what they mean in `Conv`."""
+
+    name: str
+    features: int
+    kind: str = "first_order"
+    branch_norm: str | None = None
+    norm: str | None = None
+    act: str | None = None
+    bias: bool | None = None
+    gate: Any = None
+    role: Role = "head"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Pooling over disjoint windows; `reduce` is "max" or "avg", `window` is also the stride."""
+
+    name: str
+    window: tuple[int, int] = (2, 2)
+    reduce: Literal["max", "avg"] = "max"
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalPool:
+    """Mean over space: [N, H, W, C] to [N, C]."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Flatten:
+    """[N, H, W, C] to [N, H*W*C]."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Sets a fraction `rate` of the activations to zero while training."""
+
+    name: str
+    rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """`act(body(x) + shortcut(x))`.
+
+    Attributes:
+      name: unique among its siblings.
+      body: the layers of the branch.
+      shortcut: "identity"; "pad" (strided identity with zero channels, option A of He et al. 2016, arXiv 1512.03385);
+        or a `Conv` (option B).
+      act: activation after the sum.
+    """
+
+    name: str
+    body: tuple["Layer", ...]
+    shortcut: Any = "identity"
+    act: str | None = "relu"
+
+
+Layer = Conv | Dense | Pool | GlobalPool | Flatten | Dropout | Residual
+Select = str | Callable[[str, Any], bool] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A network: its name, the shape of one input (H, W, C) and its layers in order.
+
+    Raises:
+      ValueError: when made, if names repeat or shapes do not fit; the layer is named.
+    """
+
+    name: str
+    input_shape: tuple[int, ...]
+    layers: tuple[Layer, ...]
+
+    def __post_init__(self):
+        shapes(self)
+
+
+class Shape(NamedTuple):
+    """Shapes of one example on entry and exit of a layer, without the batch axis."""
+
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+
+
+def walk(architecture: Architecture) -> Iterator[tuple[str, Layer]]:
+    """Yields (path, layer) of every layer in order, those inside residual blocks as "block/conv1"."""
+    yield from _walk(architecture.layers, "")
+
+
+def shapes(architecture: Architecture) -> dict[str, Shape]:
+    """Shapes of every layer by path.
+
+    Raises:
+      ValueError: if names repeat or a layer does not fit its input.
+    """
+    table: dict[str, Shape] = {}
+    _infer(architecture.layers, tuple(architecture.input_shape), "", table, architecture.name)
+    return table
+
+
+def edit(architecture: Architecture, change: Callable[[Any], Any], select: Select = None) -> Architecture:
+    """Applies `change(layer) -> layer` to every selected convolution and dense layer.
+
+    Args:
+      architecture: what to edit; it stays as it is.
+      change: returns the new layer, usually by `dataclasses.replace`.
+      select: glob over paths ("stage3_*"), predicate (path, layer) -> bool, or None for layers of role "body".
+
+    Returns:
+      The edited architecture.
+
+    Raises:
+      ValueError: if nothing is selected, or the result does not fit together.
+    """
+    chosen = _selector(select)
+    touched: list[str] = []
+
+    def visit(layers, prefix):
+        result = []
+        for layer in layers:
+            path = prefix + layer.name
+            if isinstance(layer, Residual):
+                layer = dataclasses.replace(layer, body=visit(layer.body, path + "/"))
+                if isinstance(layer.shortcut, Conv):
+                    layer = dataclasses.replace(layer, shortcut=visit((layer.shortcut,), path + "/")[0])
+            elif isinstance(layer, Conv | Dense) and chosen(path, layer):
+                touched.append(path)
+                layer = change(layer)
+            result.append(layer)
+        return tuple(result)
+
+    edited = visit(architecture.layers, "")
+    if not touched:
+        paths = ", ".join(path for path, layer in walk(architecture) if isinstance(layer, Conv | Dense))
+        raise ValueError(f"select={select!r} matches no layer of {architecture.name!r}; its layers are: {paths}")
+    return dataclasses.replace(architecture, layers=edited)
+
+
+def quadratize(
+    architecture: Architecture,
+    kind: str = "quadralib",
+    select: Select = None,
+    *,
+    branch_norm: str | None = None,
+) -> Architecture:
+    """Turns the selected layers (by default all of role "body") into neurons of another kind."""
+    return edit(architecture, lambda layer: dataclasses.replace(layer, kind=kind, branch_norm=branch_norm), select)
+
+
+def gate(architecture: Architecture, settings: Any, select: Select = None) -> Architecture:
+    """Puts a gate with `settings` on the output of the selected layers; None removes it."""
+    return edit(architecture, lambda layer: dataclasses.replace(layer, gate=settings), select)
+
+
+def group(architecture: Architecture, groups: int, select: Select) -> Architecture:
+    """Splits the selected convolutions into `groups` channel groups.
+
+    Raises:
+      ValueError: if `groups` does not divide the channels of a selected layer, which is named.
+    """
+    chosen = _selector(select)
+
+    def convolutions(path, layer):
+        return isinstance(layer, Conv) and chosen(path, layer)
+
+    return edit(architecture, lambda layer: dataclasses.replace(layer, groups=groups), convolutions)
+
+
+def shrink(architecture: Architecture, widths: float | Mapping[str, int], select: Select = None) -> Architecture:
+    """Changes the number of output features.
+
+    Args:
+      architecture: what to edit.
+      widths: a factor for every selected layer (rounded to the nearest integer, at least 1), or {path: features}.
+      select: which layers a factor applies to; by default every convolution and every hidden dense layer.
+
+    Returns:
+      The architecture with the new widths; depthwise layers follow their input.
+
+    Raises:
+      ValueError: for a factor that is not positive, an unknown path, or widths that break a residual sum.
+    """
+    if isinstance(widths, Mapping):
+        known = {path for path, layer in walk(architecture) if isinstance(layer, Conv | Dense)}
+        if unknown := sorted(set(widths) - known):
+            raise ValueError(f"widths name unknown layers {unknown}; known: {', '.join(sorted(known))}")
+        resized = architecture.layers
+        for path, features in widths.items():
+            resized = _with_features(resized, "", {path: int(features)})
+        return dataclasses.replace(architecture, layers=_following_depthwise(resized, architecture.input_shape[-1]))
+    if not (math.isfinite(widths) and widths > 0):
+        raise ValueError(f"widths must be a positive factor or a mapping path -> features, got {widths}")
+    last = [path for path, layer in walk(architecture) if isinstance(layer, Conv | Dense)][-1]
+    chosen = _selector(select) if select is not None else lambda path, layer: path != last
+    table = {
+        path: max(1, round(layer.features * widths))
+        for path, layer in walk(architecture)
+        if isinstance(layer, Conv | Dense) and chosen(path, layer)
+    }
+    resized = _with_features(architecture.layers, "", table)
+    return dataclasses.replace(architecture, layers=_following_depthwise(resized, architecture.input_shape[-1]))
+
+
+def remove(architecture: Architecture, *names: str) -> Architecture:
+    """Removes top-level layers or residual blocks by name; the next layer takes the shapes that arrive.
+
+    Raises:
+      ValueError: for a name that is not a top-level layer.
+    """
+    known = [layer.name for layer in architecture.layers]
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"cannot remove {unknown}; the top-level layers are: {', '.join(known)}")
+    return dataclasses.replace(architecture, layers=tuple(x for x in architecture.layers if x.name not in names))
+
+
+def _walk(layers, prefix) -> Iterator[tuple[str, Layer]]:
+    for layer in layers:
+        yield prefix + layer.name, layer
+        if isinstance(layer, Residual):
+            inner = f"{prefix}{layer.name}/"
+            yield from _walk(layer.body, inner)
+            if isinstance(layer.shortcut, Conv):
+                yield from _walk((layer.shortcut,), inner)
+
+
+def _selector(select: Select) -> Callable[[str, Any], bool]:
+    if select is None:
+        return lambda path, layer: layer.role == "body"
+    if isinstance(select, str):
+        return lambda path, layer: fnmatch.fnmatchcase(path, select)
+    return select
+
+
+def _infer(layers, shape, prefix, table, owner) -> tuple[int, ...]:
+    for layer in layers:
+        path = prefix + layer.name
+        if path in table:
+            raise ValueError(f"{owner!r} has two layers named {path!r}; names must be unique among siblings")
+        table[path] = Shape(shape, shape)
+        shape = _output_shape(layer, shape, path, table, owner)
+        table[path] = Shape(table[path].input, shape)
+    return shape
+
+
+def _output_shape(layer, shape, path, table, owner) -> tuple[int, ...]:
+    where = f"layer {path!r} of {owner!r}"
+    if isinstance(layer, Conv | Pool | GlobalPool) and len(shape) != 3:
+        raise ValueError(f"{where} needs an input (H, W, C), got {shape}")
+    if isinstance(layer, Conv | Dense) and layer.features < 1:
+        raise ValueError(f"{where} has features={layer.features}; it must be at least 1")
+    if isinstance(layer, Conv):
+        groups = layer.groups or shape[-1]
+        if shape[-1] % groups or layer.features % groups:
+            raise ValueError(
+                f"{where}: groups={groups} must divide its {shape[-1]} input channels and {layer.features} features"
+            )
+        size = [
+            _strided(*args) for args in zip(shape, layer.kernel, layer.strides, _pairs(layer.padding), strict=False)
+        ]
+        if min(size) < 1:
+            raise ValueError(f"{where}: a {layer.kernel} kernel with padding {layer.padding!r} does not fit {shape}")
+        return (*size, layer.features)
+    if isinstance(layer, Pool):
+        if shape[0] < layer.window[0] or shape[1] < layer.window[1]:
+            raise ValueError(f"{where}: window {layer.window} is larger than its input {shape}; remove the pooling")
+        return (shape[0] // layer.window[0], shape[1] // layer.window[1], shape[2])
+    if isinstance(layer, GlobalPool):
+        return (shape[-1],)
+    if isinstance(layer, Flatten):
+        return (math.prod(shape),)
+    if isinstance(layer, Dense):
+        if len(shape) != 1:
+            raise ValueError(f"{where} needs a flat input, got {shape}; put a GlobalPool or Flatten before it")
+        return (layer.features,)
+    if isinstance(layer, Dropout):
+        if not 0 <= layer.rate < 1:
+            raise ValueError(f"{where}: rate must be in [0, 1), got {layer.rate}")
+        return shape
+    if isinstance(layer, Residual):
+        out = _infer(layer.body, shape, f"{path}/", table, owner)
+        short = shape
+        if isinstance(layer.shortcut, Conv):
+            short = _infer((layer.shortcut,), shape, f"{path}/", table, owner)
+        elif layer.shortcut == "pad":
+            # Striding by the ratio of the sizes; channels that the input lacks are zeros.
+            short = out if len(out) == 3 and out[-1] >= shape[-1] else shape
+        elif layer.shortcut != "identity":
+            raise ValueError(f"{where}: shortcut must be 'identity', 'pad' or a Conv, got {layer.shortcut!r}")
+        if short != out:
+            raise ValueError(f"{where} adds a branch of shape {out} to a shortcut of shape {short}; they must be equal")
+        return out
+    raise TypeError(f"{where} is a {type(layer).__name__}; expected one of the layer classes of jaxeff.spec")
+
+
+def _pairs(padding):
+    return (padding, padding) if isinstance(padding, str) else padding
+
+
+def _strided(size: int, kernel: int, stride: int, padding) -> int:
+    if padding == "SAME":
+        return -(-size // stride)
+    low, high = (0, 0) if padding == "VALID" else padding
+    return (size + low + high - kernel) // stride + 1
+
+
+def _with_features(layers, prefix, table) -> tuple[Layer, ...]:
+    result = []
+    for layer in layers:
+        path = prefix + layer.name
+        if isinstance(layer, Residual):
+            layer = dataclasses.replace(layer, body=_with_features(layer.body, path + "/", table))
+            if isinstance(layer.shortcut, Conv):
+                short = _with_features((layer.shortcut,), path + "/", table)[0]
+                layer = dataclasses.replace(layer, shortcut=short)
+        elif path in table:
+            layer = dataclasses.replace(layer, features=table[path])
+        result.append(layer)
+    return tuple(result)
+
+
+def _following_depthwise(layers, channels: int) -> tuple[Layer, ...]:
+    """Depthwise layers keep one feature per channel, whatever width arrives."""
+    result = []
+    for layer in layers:
+        if isinstance(layer, Residual):
+            layer = dataclasses.replace(layer, body=_following_depthwise(layer.body, channels))
+            widths = [inner.features for inner in layer.body if isinstance(inner, Conv)]
+            channels = widths[-1] if widths else channels
+        elif isinstance(layer, Conv):
+            if layer.groups == DEPTHWISE:
+                layer = dataclasses.replace(layer, features=channels)
+            channels = layer.features
+        result.append(layer)
+    return tuple(result)

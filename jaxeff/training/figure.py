@@ -1,0 +1,260 @@
+"""Drawing of the run figures: colours, axes and labels; matplotlib's object interface, no global state."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Okabe and Ito's palette for every kind of colour vision, without its yellow, which is too light for a line on white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_INK, _SOFT = "#222222", "#5f5f5f"
+_DIRECT_LABELS = 7  # with more networks than this, labels would cover the points and a legend is drawn
+_DPI = 150
+
+Curve = Sequence[tuple[float, float]]
+
+
+def draw_curves(
+    curves: Sequence[Mapping[str, Curve]], panels: Sequence[tuple[str, str]], path: pathlib.Path
+) -> pathlib.Path:
+    """Draws one panel per metric with one line per run and saves the figure.
+
+    Args:
+        curves: for every panel, points (step, value) by the run's name.
+        panels: for every panel, the metric's key and its title.
+        path: the PNG to write.
+
+    Returns:
+        The path.
+    """
+    figure = _figure(width=4.1 * len(panels) + 0.6, height=3.4)
+    names = list(dict.fromkeys(name for panel in curves for name in panel))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, lines, (key, title) in zip(axes, curves, panels, strict=True):
+        _dress(ax, title)
+        for name, points in lines.items():
+            if not points:
+                continue
+            colour, marker = _look(names.index(name))
+            steps, values = zip(*points, strict=True)
+            dots: dict[str, Any] = {"marker": marker, "ms": 4, "mew": 0} if len(points) <= 25 else {}
+            ax.plot(steps, values, color=colour, lw=1.8 if len(points) <= 200 else 1.1, zorder=3, **dots)
+        shown = [value for points in lines.values() for _, value in points if math.isfinite(value)]
+        if key.endswith("accuracy"):
+            _percent_axis(ax, shown)
+        elif shown and min(shown) > 0 and max(shown) > 20 * min(shown):
+            ax.set_yscale("log")
+            _plain_log_ticks(ax.yaxis, min(shown), max(shown))
+        ax.set_xlabel("step")
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_formatter(lambda value, _: _short(value))
+        ax.xaxis.get_major_locator().set_params(nbins=5, integer=True)
+    if len(names) > 1:
+        _legend(figure, axes[0], names)
+    return _save(figure, path)
+
+
+def draw_comparison(
+    rows: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str]], path: pathlib.Path
+) -> pathlib.Path:
+    """Draws one panel per cost with one point per network and saves the figure.
+
+    Args:
+        rows: networks with "name", "accuracy" (0..1), optional "accuracy_range", and costs.
+        panels: for every panel, the cost's key and its title.
+        path: the PNG to write.
+
+    Returns:
+        The path.
+    """
+    figure = _figure(width=3.7 * len(panels) + 0.5, height=3.5)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    heights = [row["accuracy"] for row in rows] + [end for row in rows for end in row.get("accuracy_range") or ()]
+    direct = len(rows) <= _DIRECT_LABELS
+    for ax, (key, title) in zip(axes, panels, strict=True):
+        _dress(ax, None)
+        known = [row for row in rows if row.get(key) is not None]
+        costs = [float(row[key]) for row in known]
+        for row, cost in zip(known, costs, strict=True):
+            colour, marker = _look([r["name"] for r in rows].index(row["name"]))
+            low, high = row.get("accuracy_range") or (row["accuracy"], row["accuracy"])
+            ax.plot([cost, cost], [low, high], color=colour, lw=1.6, alpha=0.55, solid_capstyle="round", zorder=2)
+            ax.plot(cost, row["accuracy"], color=colour, marker=marker, ms=8.5, mec="white", mew=0.9, zorder=3)
+        _cost_axis(ax, costs)
+        ax.set_xlabel(title)
+    _percent_axis(axes[0], heights)
+    axes[0].set_ylabel("test accuracy")
+    if direct:
+        figure.draw_without_rendering()  # places the axes, so that the labels can be kept off each other
+        for ax, (key, _) in zip(axes, panels, strict=True):
+            _label_points(figure, ax, [(row, float(row[key])) for row in rows if row.get(key) is not None], rows)
+    else:
+        _legend(figure, axes[0], [row["name"] for row in rows])
+    return _save(figure, path)
+
+
+# ---- Parts of a figure ----------------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "jaxeff[train]"') from error
+    layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.09)
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: pathlib.Path) -> pathlib.Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=_DPI)
+    temporary.replace(path)
+    return path
+
+
+def _dress(ax: Any, title: str | None) -> None:
+    ax.grid(True, color="#e6e6e6", lw=0.8, zorder=0)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color("#b0b0b0")
+    ax.tick_params(colors=_SOFT, labelsize=9, length=3)
+    ax.xaxis.label.set(color=_INK, size=10)
+    ax.yaxis.label.set(color=_INK, size=10)
+    if title:
+        ax.set_title(title, loc="left", fontsize=10.5, color=_INK, pad=8)
+
+
+def _look(index: int) -> tuple[str, str]:
+    # The marker moves on when the colours start again, so no two networks of 49 look alike.
+    turn = index // len(_COLOURS)
+    return _COLOURS[index % len(_COLOURS)], _MARKERS[(index + turn) % len(_MARKERS)]
+
+
+def _darker(colour: str) -> str:
+    """The colour for text, which needs more contrast with white than a marker."""
+    channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(0.72 * channel):02x}" for channel in channels)
+
+
+def _legend(figure: Any, ax: Any, names: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=_look(i)[0], marker=_look(i)[1], ms=5, mew=0, lw=1.8, label=name)
+        for i, name in enumerate(names)
+    ]
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=min(len(names), 5), frameon=False, fontsize=9, labelcolor=_INK
+    )
+
+
+def _percent_axis(ax: Any, values: Sequence[float]) -> None:
+    """Limits around the values, never beyond 0 and 100 % by more than the markers need."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    room = max(0.14 * (high - low), 0.004)
+    ax.set_ylim(max(low - room, -0.02), min(high + room, 1.0 + 0.25 * room))
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    # As many digits as the distance between ticks needs.
+    digits = 0 if high - low > 0.025 else 1
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.{digits}f} %" if value <= 1 else ""))
+
+
+def _cost_axis(ax: Any, costs: Sequence[float]) -> None:
+    """A logarithmic axis where costs differ by more than a factor of 3, a linear one from 0 otherwise."""
+    low, high = min(costs), max(costs)
+    if low > 0 and high / low > 3:
+        ax.set_xscale("log")
+        room = (high / low) ** 0.18
+        ax.set_xlim(low / room, high * room)
+        _plain_log_ticks(ax.xaxis, low / room, high * room)
+    else:
+        ax.set_xlim(0, high * 1.25 or 1)
+        ax.xaxis.get_major_locator().set_params(nbins=5)
+        ax.xaxis.set_major_formatter(lambda value, _: _short(value))
+
+
+def _plain_log_ticks(axis: Any, low: float, high: float) -> None:
+    """Ticks at 1, 2, 5 of each decade while there is room, written as plain numbers (20k, 1M)."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    decades = math.log10(high / low)
+    multiples = (1.0, 2.0, 5.0) if decades <= 2 else (1.0, 3.0) if decades <= 3 else (1.0,)
+    axis.set_major_locator(LogLocator(base=10, subs=multiples, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float) -> str:
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}"
+    return f"{value:.3g}"
+
+
+def _label_points(figure: Any, ax: Any, points: Sequence[tuple[Mapping[str, Any], float]], rows: Sequence[Any]) -> None:
+    """Writes each name next to its point: at the first of eight places where it covers nothing, else the least bad."""
+    from matplotlib.patheffects import withStroke
+
+    renderer = figure.canvas.get_renderer()
+    frame = ax.get_window_extent(renderer)
+    marks = []
+    for row, cost in points:
+        low, high = row.get("accuracy_range") or (row["accuracy"], row["accuracy"])
+        on_bar = [(low + (high - low) * part / 8, 2) for part in range(9)]
+        # In pixels, with half the width of what is drawn there.
+        marks += [(*ax.transData.transform((cost, height)), half) for height, half in ((row["accuracy"], 9), *on_bar)]
+    taken: list[Any] = []
+    places = [
+        (9, 0, "left", "center"),
+        (-9, 0, "right", "center"),
+        (0, 9, "center", "bottom"),
+        (0, -9, "center", "top"),
+    ]
+    places += [(7, 7, "left", "bottom"), (7, -7, "left", "top"), (-7, 7, "right", "bottom"), (-7, -7, "right", "top")]
+    names = [row["name"] for row in rows]
+    for row, cost in points:
+        best: Any = None
+        for x, y, horizontal, vertical in places:
+            text = ax.annotate(
+                row["name"], (cost, row["accuracy"]), (x, y), textcoords="offset points", ha=horizontal, va=vertical,
+                fontsize=8.5, color=_darker(_look(names.index(row["name"]))[0]), zorder=4,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            )  # fmt: skip
+            box = text.get_window_extent(renderer)
+            cost_of_place = _covered(box, frame, marks, taken)
+            if best is None or cost_of_place < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (cost_of_place, text, box)
+            else:
+                text.remove()
+            if cost_of_place == 0:
+                break
+        taken.append(best[2])
+        best[1].set_in_layout(False)  # the axes stay where they were when the place was chosen
+
+
+def _covered(box: Any, frame: Any, marks: Sequence[Any], taken: Sequence[Any]) -> float:
+    """How much a label at this place is in the way: area outside the axes, over other labels, and over markers."""
+    beside = max(frame.x0 - box.x0, 0) + max(box.x1 - frame.x1, 0)
+    beyond = max(frame.y0 - box.y0, 0) + max(box.y1 - frame.y1, 0)
+    area = beside * box.height + beyond * box.width
+    for other in taken:
+        wide, high = min(box.x1, other.x1) - max(box.x0, other.x0), min(box.y1, other.y1) - max(box.y0, other.y0)
+        area += max(wide, 0) * max(high, 0)
+    over_marks = sum(box.x0 - r < x < box.x1 + r and box.y0 - r < y < box.y1 + r for x, y, r in marks)
+    return area + 150 * over_marks

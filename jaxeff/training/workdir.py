@@ -1,0 +1,188 @@
+"""The work directory of a run: whose it is, and what a run may write to and clear from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxeff.training.metrics import FILE_NAME as METRICS
+
+CONFIG = "config.json"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+
+
+class ForeignWorkdir(ValueError):
+    """The work directory belongs to a run with another config."""
+
+
+def prepare_workdir(
+    workdir: str | os.PathLike[str], config: Any = None, overwrite: bool = False
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    """Makes a directory the work directory of a run, or finds that it is already.
+
+    The first time, `config.json` is written: the config, the git revision, versions and device. Later runs must have
+    the same config.
+
+    Args:
+        workdir: the directory; created when missing.
+        config: mapping (nested mappings, sequences, numbers, strings), or a ConfigDict; None is an empty one.
+        overwrite: start again: delete what runs write here (config, metrics, summary, checkpoints, TensorBoard files)
+            and nothing else.
+
+    Returns:
+        The absolute path and the config as plain JSON values.
+
+    Raises:
+        ForeignWorkdir: if the directory belongs to another config; lists the fields that differ. Nothing is changed.
+        TypeError: if `config` is not a mapping.
+    """
+    path = pathlib.Path(workdir).absolute()
+    if path.exists() and not path.is_dir():
+        raise ForeignWorkdir(f"workdir: {path} is a file, expected a directory; choose another name")
+    plain = plain_config(config)
+    if overwrite:
+        _clear(path)
+    elif (path / CONFIG).exists():
+        differences = config_differences(_read_config(path / CONFIG), plain)
+        if differences:
+            raise ForeignWorkdir(
+                f"workdir: {path} belongs to a run with another config: {_listed(differences)}. "
+                "Choose another workdir, or pass overwrite (--overwrite) to delete that run. Nothing was changed"
+            )
+        return path, plain
+    elif any((path / name).exists() for name in (METRICS, CHECKPOINTS)):
+        raise ForeignWorkdir(
+            f"workdir: {path} holds a run whose {CONFIG} is missing, so it cannot be told whether it is this one. "
+            "Put the file back, choose another workdir, or pass overwrite (--overwrite). Nothing was changed"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / CONFIG, {"config": plain, **run_environment()})
+    return path, plain
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """Returns a config as it looks after being written as JSON and read again.
+
+    Args:
+        config: mapping, ConfigDict or None. Values JSON does not know (dtypes, functions) become their `str`.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if config is None:
+        return {}
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config: expected a mapping or None, got {type(config).__name__}")
+    return json.loads(json.dumps(_plain(config), default=str))
+
+
+def config_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Returns one line per field in which two plain configs differ, `optimizer.name: 'sgd' there, 'adam' here`.
+
+    Args:
+        there: the config that was found.
+        here: the config of this run.
+    """
+    flat_there, flat_here = _flat(there), _flat(here)
+    names = [*flat_there, *(name for name in flat_here if name not in flat_there)]
+    absent = object()
+    lines = []
+    for name in names:
+        old, new = flat_there.get(name, absent), flat_here.get(name, absent)
+        said = ["not set" if value is absent else repr(value) for value in (old, new)]
+        # As text: 1 and True and 1.0 are equal in Python but are not one setting, and NaN is not equal to itself.
+        if said[0] != said[1]:
+            lines.append(f"{name}: {said[0]} there, {said[1]} here")
+    return lines
+
+
+def run_environment() -> dict[str, Any]:
+    """Returns where a run takes place: git revision (None outside a repository), versions, devices."""
+    devices = jax.devices()
+    return {
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "host_cpus": os.cpu_count(),
+    }
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes JSON so that the file is at every moment the old one or the new one.
+
+    Args:
+        path: the file.
+        value: what `json` can write; other objects become their `str`.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _clear(path: pathlib.Path) -> None:
+    for name in (METRICS, SUMMARY, CONFIG):
+        (path / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, TENSORBOARD):
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ForeignWorkdir(
+            f"{path}: is not a config written by a run ({error!r}); choose another workdir or pass overwrite"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """Mappings as dictionaries with text keys; JSON does the rest."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        return value.item()
+    return value
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _git_revision() -> str | None:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _listed(differences: list[str]) -> str:
+    return "; ".join(differences[:8]) + (f"; and {len(differences) - 8} more" if len(differences) > 8 else "")

@@ -1,0 +1,1 @@
+"""Benchmarks: each room beside its peers, measured in one process and interleaved."""

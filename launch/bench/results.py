@@ -1,0 +1,165 @@
+"""Results of record: the JSON file of a room, and the README table that is made from all of them.
+
+    python -m launch.bench.results          writes the table between the markers in README.md
+
+A file holds {"device", "versions", "date", "command", "cases"}; a case holds {"case", "metric", "value", "better",
+"target", "spread", "n", "against"}. Ratios and rates are plain numbers, percentages are fractions.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+FOLDER = pathlib.Path(__file__).parent / "results"
+README = pathlib.Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+
+
+def case(
+    name: str,
+    metric: str,
+    value: float,
+    *,
+    better: str,
+    target: float | None = None,
+    spread: tuple[float, float] | None = None,
+    n: int = 1,
+    against: str = "",
+) -> dict[str, Any]:
+    """One measured case in the form of the results file.
+
+    Args:
+      name: as in the room's table; several settings of one case are "name.setting".
+      metric: what `value` is, for example "time ratio".
+      value: the measurement.
+      better: "lower" or "higher".
+      target: what was aimed at, or None for a number that is only reported.
+      spread: quartiles of the measurement.
+      n: number of measurements.
+      against: what it was compared with.
+
+    Raises:
+      ValueError: for another `better`.
+    """
+    if better not in ("lower", "higher"):
+        raise ValueError(f"better must be 'lower' or 'higher', got {better!r}")
+    low, high = spread or (value, value)
+    return {
+        "case": name,
+        "metric": metric,
+        "value": _rounded(value),
+        "better": better,
+        "target": target,
+        "spread": [_rounded(low), _rounded(high)],
+        "n": n,
+        "against": against,
+    }
+
+
+def device() -> str:
+    """The device in words, without naming a machine."""
+    first = jax.devices()[0]
+    if first.platform == "cpu":
+        return f"CPU, {os.cpu_count()} cores, {_processor()}"
+    return f"{len(jax.devices())} x {first.device_kind}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(path: str | os.PathLike[str], cases: Iterable[Mapping[str, Any]], command: str) -> None:
+    """Writes a results file; cases that were not measured this time are kept if the device is the same."""
+    path = pathlib.Path(path)
+    new = {item["case"]: dict(item) for item in cases}
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        old = json.loads(path.read_text())
+        if old["device"] == device():
+            kept = old["cases"]
+    merged = [new.pop(item["case"], item) for item in kept] + list(new.values())
+    record = {
+        "device": device(),
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "cases": merged,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def met(item: Mapping[str, Any]) -> bool | None:
+    """Whether a case reached its target; None without one."""
+    if item["target"] is None:
+        return None
+    return item["value"] <= item["target"] if item["better"] == "lower" else item["value"] >= item["target"]
+
+
+def table(folder: pathlib.Path = FOLDER) -> str:
+    """The Markdown table of all results of record."""
+    blocks = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        lines = [
+            f"**{path.stem}** on {record['device']}, {record['date']}, jax {record['versions']['jax']} "
+            f"(`{record['command']}`)",
+            "",
+            "| case | measured | quartiles | target | against |",
+            "| --- | ---: | ---: | ---: | --- |",
+        ]
+        for item in record["cases"]:
+            sign = "≤" if item["better"] == "lower" else "≥"
+            target = "reported" if item["target"] is None else f"{sign} {item['target']:g}"
+            value = f"{item['value']:.4g}" + (" (missed)" if met(item) is False else "")
+            low, high = item["spread"]
+            spread = f"{low:.3g} to {high:.3g}" if item["n"] > 1 else "-"
+            lines.append(f"| `{item['case']}`: {item['metric']} | {value} | {spread} | {target} | {item['against']} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def update_readme(readme: pathlib.Path = README, folder: pathlib.Path = FOLDER) -> None:
+    """Replaces what stands between the markers of the README by the table.
+
+    Raises:
+      ValueError: if the markers are missing.
+    """
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{readme.name} needs the lines {BEGIN} and {END}; the table goes between them")
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    readme.write_text(f"{before}{BEGIN}\n{table(folder)}\n{END}{after}")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _processor() -> str:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+if __name__ == "__main__":
+    update_readme()

@@ -1,0 +1,107 @@
+"""From sections of a config to the parts of a classification run: network, augmentation, method, costs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxeff import costs, data, models, quadratic, spec, training
+
+DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
+AUGMENTATIONS = ("crop", "flip", "cutout", "mixup")
+
+
+def network(section: Mapping[str, Any], dataset: data.Dataset, dtype: str = "float32") -> models.Network:
+    """Builds the network that a section of a config describes, for the images and classes of a data set.
+
+    Args:
+      section: {"model": name, "options": {...}, "kind": name, "branch_norm": name or None, "select": glob or None}.
+      dataset: gives the input shape and the number of classes.
+      dtype: "float32" or "bfloat16", what the network computes in; parameters are float32.
+
+    Returns:
+      The Linen module.
+
+    Raises:
+      ValueError: for an unknown field, model, kind or dtype, listing the valid ones.
+    """
+    known = ("model", "options", "kind", "branch_norm", "select")
+    check_fields("network", section, known)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    quadratic.get(section.get("kind", "first_order"))
+    architecture = models.architecture(
+        section["model"],
+        num_classes=dataset.info.num_classes,
+        input_shape=dataset.arrays["image"].shape[1:],
+        **section.get("options", {}),
+    )
+    if section.get("kind", "first_order") != "first_order":
+        architecture = spec.quadratize(
+            architecture, section["kind"], section.get("select"), branch_norm=section.get("branch_norm")
+        )
+    return models.Network(
+        architecture, conv=quadratic.conv_layer, dense=quadratic.dense_layer, dtype=DTYPES[dtype]
+    )
+
+
+def method(module: nn.Module, config: Mapping[str, Any], dataset: data.Dataset, steps: int) -> training.Method:
+    """Builds the classification method of a config: optimiser, label smoothing, average, augmentation."""
+    mean, deviation = data.channel_statistics(dataset.arrays["image"])
+    return training.classification(
+        *training.from_linen(module),
+        training.optimizer_from(config["optimizer"], steps),
+        num_classes=dataset.info.num_classes,
+        label_smoothing=config["label_smoothing"],
+        ema_decay=config["ema_decay"],
+        augment=augmentation(config["augment"]),
+        preprocess=lambda images: data.standardise(images, mean, deviation),
+    )
+
+
+def augmentation(section: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """Builds (key, images, targets) -> (images, targets) from {"crop": pixels, "flip": bool, "cutout", "mixup"}.
+
+    Fields that are absent, 0 or False are off; with all of them off the result is None.
+
+    Raises:
+      ValueError: for an unknown field, listing the valid ones.
+    """
+    check_fields("augment", section, AUGMENTATIONS)
+    wanted = {name: section[name] for name in AUGMENTATIONS if section.get(name)}
+    if not wanted:
+        return None
+
+    def augment(key, images, targets):
+        crop_key, flip_key, cutout_key, mixup_key = jax.random.split(key, 4)
+        if "crop" in wanted:
+            images = data.random_crop(crop_key, images, padding=wanted["crop"])
+        if "flip" in wanted:
+            images = data.random_flip(flip_key, images)
+        if "cutout" in wanted:
+            images = data.cutout(cutout_key, images, size=wanted["cutout"])
+        if "mixup" in wanted:
+            images, targets = data.mixup(mixup_key, images, targets, alpha=wanted["mixup"])
+        return images, targets
+
+    return augment
+
+
+def costs_of(module: nn.Module, shape: tuple[int, ...]) -> costs.CostReport:
+    """Counts MACs, parameters and bytes of the network for one image, as it is trained."""
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(images.shape)))
+    rest = {name: value for name, value in variables.items() if name != "params"}
+
+    def train_forward(params, rest, images):
+        return module.apply({"params": params, **rest}, images, True, mutable=list(rest))[0]
+
+    return costs.analyze(train_forward, variables["params"], rest, images)
+
+
+def check_fields(what: str, section: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raises ValueError, listing the valid fields, if a section has others."""
+    if unknown := sorted(set(section) - set(known)):
+        raise ValueError(f"{what}: unknown field {', '.join(unknown)}; valid fields: {', '.join(known)}")

@@ -1,0 +1,103 @@
+"""Trains the networks of a config one after the other and shows them side by side.
+
+    python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.epochs=20] [--overwrite]
+
+Writes config.json, summary.json and figures/ to the work directory, and for every network and seed a folder with
+metrics.jsonl and checkpoints/. Started again with the same work directory it goes on where it stopped.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxeff import data, parallel, training
+from launch import classifier, job
+
+
+def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> dict[str, Any]:
+    """Trains and compares the networks of a config; returns what it writes to summary.json."""
+    # ---- devices -----------------------------------------------------------------------------------------------------
+    parallel.initialize_distributed(config["distributed"])
+    mesh = parallel.mesh() if jax.device_count() > 1 else None
+    placement = {}
+    if mesh is not None:
+        placement["step_transform"] = lambda step: parallel.data_parallel(step, mesh)
+        placement["state_sharding"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    # ---- data, networks and methods: everything that can be wrong is found before anything is written ----------------
+    train = data.load(config["dataset"], config["train_split"])
+    test = data.load(config["dataset"], config["test_split"])
+    batch = config["batch_size"]
+    steps = config["steps"] or config["epochs"] * (len(train) // batch)
+    modules = {name: classifier.network(net, train, config["dtype"]) for name, net in config["networks"].items()}
+    methods = {name: classifier.method(module, config, train, steps) for name, module in modules.items()}
+    reports = {name: classifier.costs_of(module, train.arrays["image"].shape[1:]) for name, module in modules.items()}
+    directory, _ = training.prepare_workdir(workdir, config, overwrite)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+    results: dict[str, dict[int, training.FitResult]] = {name: {} for name in methods}
+    for name, method in methods.items():
+        for seed in config["seeds"]:
+            print(f"{name}, seed {seed}: {steps} steps of {batch} on {len(train)} images of {config['dataset']}")
+            source = data.Batches(train.arrays, batch, seed=seed)
+            sharding = parallel.batch_sharding(mesh) if mesh is not None else None
+            results[name][seed] = training.fit(
+                method,
+                lambda start, source=source: data.prefetch(source.starting_at(start), sharding=sharding),
+                steps=steps,
+                key=jax.random.key(seed),
+                workdir=directory / name / f"seed{seed}",
+                evaluate_on=lambda: data.padded_batches(test.arrays, config["eval_batch_size"]),
+                eval_every=config["eval_every"] or max(1, steps // 10),
+                log_every=config["log_every"],
+                checkpoint_every=config["checkpoint_every"] or max(1, steps // 4),
+                keep=config["keep"],
+                config={**job.plain(config), "network": name, "seed": seed},
+                overwrite=overwrite,
+                tensorboard=config["tensorboard"],
+                **placement,
+            )
+
+    # ---- comparison --------------------------------------------------------------------------------------------------
+    latency = job.latencies(
+        {name: (modules[name], next(iter(runs.values())).state) for name, runs in results.items()},
+        train.arrays["image"].shape[1:],
+        config["latency_batch"],
+    )
+    rows = []
+    for name, runs in results.items():
+        total = reports[name].total
+        accuracy = [result.evaluation["accuracy"] for result in runs.values()]
+        rows.append(
+            {
+                "name": name,
+                "accuracy": sum(accuracy) / len(accuracy),
+                "accuracy_range": (min(accuracy), max(accuracy)),
+                "params": total.params,
+                "macs": total.macs,
+                "memory_bytes": total.residual_bytes,
+                "latency_ms": latency[name],
+                "train_seconds": job.seconds(runs.values(), steps * batch),
+            }
+        )
+    summary = {
+        "dataset": {"name": train.name, "source": train.info.source, "train": len(train), "test": len(test)},
+        "steps": steps,
+        "seeds": list(config["seeds"]),
+        "latency_batch": config["latency_batch"],
+        "networks": rows,
+    }
+    figures = directory / "figures"
+    histories = {name: runs[config["seeds"][0]].history for name, runs in results.items()}
+    training.learning_curves(histories, figures / "curves.png")
+    training.comparison_figure(rows, figures / "comparison.png")
+    training.write_summary(directory, summary)
+    job.show(training.comparison_table(rows, title=f"{train.name}, test accuracy after {steps} steps"))
+    print(f"figures: {figures / 'comparison.png'}, {figures / 'curves.png'}")
+    return summary
+
+
+if __name__ == "__main__":
+    job.main(run, __doc__)
