@@ -178,28 +178,7 @@ def edit(architecture: Architecture, change: Callable[[Any], Any], select: Selec
     Raises:
       ValueError: if nothing is selected, or the result does not fit together.
     """
-    chosen = _selector(select)
-    touched: list[str] = []
-
-    def visit(layers, prefix):
-        result = []
-        for layer in layers:
-            path = prefix + layer.name
-            if isinstance(layer, Residual):
-                layer = dataclasses.replace(layer, body=visit(layer.body, path + "/"))
-                if isinstance(layer.shortcut, Conv):
-                    layer = dataclasses.replace(layer, shortcut=visit((layer.shortcut,), path + "/")[0])
-            elif isinstance(layer, Conv | Dense) and chosen(path, layer):
-                touched.append(path)
-                layer = change(layer)
-            result.append(layer)
-        return tuple(result)
-
-    edited = visit(architecture.layers, "")
-    if not touched:
-        paths = ", ".join(path for path, layer in walk(architecture) if isinstance(layer, Conv | Dense))
-        raise ValueError(f"select={select!r} matches no layer of {architecture.name!r}; its layers are: {paths}")
-    return dataclasses.replace(architecture, layers=edited)
+    return _edit(architecture, change, _selector(select), select)
 
 
 def quadratize(
@@ -229,7 +208,7 @@ def group(architecture: Architecture, groups: int, select: Select) -> Architectu
     def convolutions(path, layer):
         return isinstance(layer, Conv) and chosen(path, layer)
 
-    return edit(architecture, lambda layer: dataclasses.replace(layer, groups=groups), convolutions)
+    return _edit(architecture, lambda layer: dataclasses.replace(layer, groups=groups), convolutions, select)
 
 
 def shrink(architecture: Architecture, widths: float | Mapping[str, int], select: Select = None) -> Architecture:
@@ -253,7 +232,14 @@ def shrink(architecture: Architecture, widths: float | Mapping[str, int], select
         resized = architecture.layers
         for path, features in widths.items():
             resized = _with_features(resized, "", {path: int(features)})
-        return dataclasses.replace(architecture, layers=_following_depthwise(resized, architecture.input_shape[-1]))
+        result = _following_depthwise(architecture, resized)
+        for path, layer in walk(result):
+            if isinstance(layer, Conv) and path in widths and layer.features != int(widths[path]):
+                raise ValueError(
+                    f"widths give {path!r} {widths[path]} features, but it is depthwise and follows its input, which "
+                    f"gives it {layer.features}; change the layer before it"
+                )
+        return result
     if not (math.isfinite(widths) and widths > 0):
         raise ValueError(f"widths must be a positive factor or a mapping path -> features, got {widths}")
     last = [path for path, layer in walk(architecture) if isinstance(layer, Conv | Dense)][-1]
@@ -263,12 +249,13 @@ def shrink(architecture: Architecture, widths: float | Mapping[str, int], select
         for path, layer in walk(architecture)
         if isinstance(layer, Conv | Dense) and chosen(path, layer)
     }
-    resized = _with_features(architecture.layers, "", table)
-    return dataclasses.replace(architecture, layers=_following_depthwise(resized, architecture.input_shape[-1]))
+    return _following_depthwise(architecture, _with_features(architecture.layers, "", table))
 
 
 def remove(architecture: Architecture, *names: str) -> Architecture:
     """Removes top-level layers or residual blocks by name; the next layer takes the shapes that arrive.
+
+    Depthwise layers keep their number of features per channel.
 
     Raises:
       ValueError: for a name that is not a top-level layer.
@@ -276,7 +263,31 @@ def remove(architecture: Architecture, *names: str) -> Architecture:
     known = [layer.name for layer in architecture.layers]
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"cannot remove {unknown}; the top-level layers are: {', '.join(known)}")
-    return dataclasses.replace(architecture, layers=tuple(x for x in architecture.layers if x.name not in names))
+    return _following_depthwise(architecture, tuple(x for x in architecture.layers if x.name not in names))
+
+
+def _edit(architecture, change, chosen, select) -> Architecture:
+    touched: list[str] = []
+
+    def visit(layers, prefix):
+        result = []
+        for layer in layers:
+            path = prefix + layer.name
+            if isinstance(layer, Residual):
+                layer = dataclasses.replace(layer, body=visit(layer.body, path + "/"))
+                if isinstance(layer.shortcut, Conv):
+                    layer = dataclasses.replace(layer, shortcut=visit((layer.shortcut,), path + "/")[0])
+            elif isinstance(layer, Conv | Dense) and chosen(path, layer):
+                touched.append(path)
+                layer = change(layer)
+            result.append(layer)
+        return tuple(result)
+
+    edited = visit(architecture.layers, "")
+    if not touched:
+        paths = ", ".join(path for path, layer in walk(architecture) if isinstance(layer, Conv | Dense))
+        raise ValueError(f"select={select!r} matches no layer of {architecture.name!r}; its layers are: {paths}")
+    return dataclasses.replace(architecture, layers=edited)
 
 
 def _walk(layers, prefix) -> Iterator[tuple[str, Layer]]:
@@ -315,6 +326,7 @@ def _output_shape(layer, shape, path, table, owner) -> tuple[int, ...]:
     if isinstance(layer, Conv | Dense) and layer.features < 1:
         raise ValueError(f"{where} has features={layer.features}; it must be at least 1")
     if isinstance(layer, Conv):
+        _check_geometry(layer, where)
         groups = layer.groups or shape[-1]
         if shape[-1] % groups or layer.features % groups:
             raise ValueError(
@@ -327,6 +339,10 @@ def _output_shape(layer, shape, path, table, owner) -> tuple[int, ...]:
             raise ValueError(f"{where}: a {layer.kernel} kernel with padding {layer.padding!r} does not fit {shape}")
         return (*size, layer.features)
     if isinstance(layer, Pool):
+        if len(layer.window) != 2 or min(layer.window) < 1:
+            raise ValueError(f"{where}: window must be two sizes >= 1, got {layer.window}")
+        if layer.reduce not in ("max", "avg"):
+            raise ValueError(f"{where}: reduce must be 'max' or 'avg', got {layer.reduce!r}")
         if shape[0] < layer.window[0] or shape[1] < layer.window[1]:
             raise ValueError(f"{where}: window {layer.window} is larger than its input {shape}; remove the pooling")
         return (shape[0] // layer.window[0], shape[1] // layer.window[1], shape[2])
@@ -349,13 +365,29 @@ def _output_shape(layer, shape, path, table, owner) -> tuple[int, ...]:
             short = _infer((layer.shortcut,), shape, f"{path}/", table, owner)
         elif layer.shortcut == "pad":
             # Striding by the ratio of the sizes; channels that the input lacks are zeros.
-            short = out if len(out) == 3 and out[-1] >= shape[-1] else shape
+            short = out if len(shape) == len(out) == 3 and _pads_to(shape, out) else shape
         elif layer.shortcut != "identity":
             raise ValueError(f"{where}: shortcut must be 'identity', 'pad' or a Conv, got {layer.shortcut!r}")
         if short != out:
             raise ValueError(f"{where} adds a branch of shape {out} to a shortcut of shape {short}; they must be equal")
         return out
     raise TypeError(f"{where} is a {type(layer).__name__}; expected one of the layer classes of jaxeff.spec")
+
+
+def _check_geometry(layer, where) -> None:
+    for name in ("kernel", "strides"):
+        if len(getattr(layer, name)) != 2 or min(getattr(layer, name)) < 1:
+            raise ValueError(f"{where}: {name} must be two sizes >= 1, got {getattr(layer, name)}")
+    named = isinstance(layer.padding, str)
+    if layer.padding not in ("SAME", "VALID") if named else [len(pair) for pair in layer.padding] != [2, 2]:
+        raise ValueError(f"{where}: padding must be 'SAME', 'VALID' or two (low, high) pairs, got {layer.padding!r}")
+    if layer.groups < 0:
+        raise ValueError(f"{where}: groups must be at least 1, or 0 for depthwise, got {layer.groups}")
+
+
+def _pads_to(shape, out) -> bool:
+    strides = [-(-a // b) for a, b in zip(shape[:2], out[:2], strict=True)]
+    return out[-1] >= shape[-1] and all(-(-a // s) == b for a, s, b in zip(shape, strides, out, strict=False))
 
 
 def _pairs(padding):
@@ -384,17 +416,26 @@ def _with_features(layers, prefix, table) -> tuple[Layer, ...]:
     return tuple(result)
 
 
-def _following_depthwise(layers, channels: int) -> tuple[Layer, ...]:
-    """Depthwise layers keep one feature per channel, whatever width arrives."""
-    result = []
-    for layer in layers:
-        if isinstance(layer, Residual):
-            layer = dataclasses.replace(layer, body=_following_depthwise(layer.body, channels))
-            widths = [inner.features for inner in layer.body if isinstance(inner, Conv)]
-            channels = widths[-1] if widths else channels
-        elif isinstance(layer, Conv):
-            if layer.groups == DEPTHWISE:
-                layer = dataclasses.replace(layer, features=channels)
-            channels = layer.features
-        result.append(layer)
-    return tuple(result)
+def _following_depthwise(architecture, layers) -> Architecture:
+    """`architecture` with new `layers`; depthwise ones keep their features per channel, whatever width arrives."""
+    old = shapes(architecture)
+
+    def visit(layers, channels, prefix):
+        result = []
+        for layer in layers:
+            path = prefix + layer.name
+            if isinstance(layer, Residual):
+                body, out = visit(layer.body, channels, path + "/")
+                layer = dataclasses.replace(layer, body=body)
+                if isinstance(layer.shortcut, Conv):
+                    layer = dataclasses.replace(layer, shortcut=visit((layer.shortcut,), channels, path + "/")[0][0])
+                channels = out
+            elif isinstance(layer, Conv):
+                if layer.groups == DEPTHWISE:
+                    per_channel = old[path].output[-1] // old[path].input[-1]
+                    layer = dataclasses.replace(layer, features=channels * per_channel)
+                channels = layer.features
+            result.append(layer)
+        return tuple(result), channels
+
+    return dataclasses.replace(architecture, layers=visit(layers, architecture.input_shape[-1], "")[0])

@@ -42,9 +42,7 @@ def network(section: Mapping[str, Any], dataset: data.Dataset, dtype: str = "flo
         architecture = spec.quadratize(
             architecture, section["kind"], section.get("select"), branch_norm=section.get("branch_norm")
         )
-    return models.Network(
-        architecture, conv=quadratic.conv_layer, dense=quadratic.dense_layer, dtype=DTYPES[dtype]
-    )
+    return models.Network(architecture, conv=quadratic.conv_layer, dense=quadratic.dense_layer, dtype=DTYPES[dtype])
 
 
 def method(module: nn.Module, config: Mapping[str, Any], dataset: data.Dataset, steps: int) -> training.Method:

@@ -6,7 +6,6 @@ Writes config.json, summary.json and figures/ to the work directory, and for eve
 metrics.jsonl and checkpoints/. Started again with the same work directory it goes on where it stopped.
 """
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,8 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     # ---- devices -----------------------------------------------------------------------------------------------------
     parallel.initialize_distributed(config["distributed"])
     mesh = parallel.mesh() if jax.device_count() > 1 else None
-    placement = {}
+    placement: dict[str, Any] = {}
+    rows_of = parallel.batch_sharding(mesh) if mesh is not None else None
     if mesh is not None:
         placement["step_transform"] = lambda step: parallel.data_parallel(step, mesh)
         placement["state_sharding"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -30,7 +30,8 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     train = data.load(config["dataset"], config["train_split"])
     test = data.load(config["dataset"], config["test_split"])
     batch = config["batch_size"]
-    steps = config["steps"] or config["epochs"] * (len(train) // batch)
+    sources = {seed: data.Batches(train.arrays, batch, seed=seed) for seed in config["seeds"]}
+    steps = config["steps"] or config["epochs"] * sources[config["seeds"][0]].steps_per_epoch
     modules = {name: classifier.network(net, train, config["dtype"]) for name, net in config["networks"].items()}
     methods = {name: classifier.method(module, config, train, steps) for name, module in modules.items()}
     reports = {name: classifier.costs_of(module, train.arrays["image"].shape[1:]) for name, module in modules.items()}
@@ -39,13 +40,11 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     # ---- training ----------------------------------------------------------------------------------------------------
     results: dict[str, dict[int, training.FitResult]] = {name: {} for name in methods}
     for name, method in methods.items():
-        for seed in config["seeds"]:
+        for seed, source in sources.items():
             print(f"{name}, seed {seed}: {steps} steps of {batch} on {len(train)} images of {config['dataset']}")
-            source = data.Batches(train.arrays, batch, seed=seed)
-            sharding = parallel.batch_sharding(mesh) if mesh is not None else None
             results[name][seed] = training.fit(
                 method,
-                lambda start, source=source: data.prefetch(source.starting_at(start), sharding=sharding),
+                lambda start, source=source: data.prefetch(source.starting_at(start), sharding=rows_of),
                 steps=steps,
                 key=jax.random.key(seed),
                 workdir=directory / name / f"seed{seed}",
@@ -72,7 +71,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         accuracy = [result.evaluation["accuracy"] for result in runs.values()]
         rows.append(
             {
-                "name": name,
+                "name": name.replace("_", " "),
                 "accuracy": sum(accuracy) / len(accuracy),
                 "accuracy_range": (min(accuracy), max(accuracy)),
                 "params": total.params,
@@ -90,7 +89,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         "networks": rows,
     }
     figures = directory / "figures"
-    histories = {name: runs[config["seeds"][0]].history for name, runs in results.items()}
+    histories = {name.replace("_", " "): runs[config["seeds"][0]].history for name, runs in results.items()}
     training.learning_curves(histories, figures / "curves.png")
     training.comparison_figure(rows, figures / "comparison.png")
     training.write_summary(directory, summary)

@@ -1,6 +1,7 @@
 """MobileNet for small images (Howard et al. 2017, arXiv 1704.04861)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxeff.spec import DEPTHWISE, Architecture, Conv, Dense, GlobalPool, Layer
 
@@ -30,7 +31,7 @@ def mobilenet(
     Returns:
       The architecture; block i has layers "block{i}_depthwise" and "block{i}_pointwise".
     """
-    common = {"norm": norm, "bias": bias}
+    common: dict[str, Any] = {"norm": norm, "bias": bias}
     channels = max(1, round(32 * width))
     layers: list[Layer] = [Conv("conv1", channels, role="stem", **common)]
     for index, (features, stride) in enumerate(blocks, start=1):

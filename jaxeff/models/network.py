@@ -145,7 +145,7 @@ class _Step(nn.Module):
         if isinstance(layer, spec.Conv | spec.Dense):
             return _weighted(layer, self.settings, x, train)
         if isinstance(layer, spec.Pool):
-            return (max_pool if layer.reduce == "max" else avg_pool)(x, tuple(layer.window))
+            return (max_pool if layer.reduce == "max" else avg_pool)(x, layer.window)
         if isinstance(layer, spec.GlobalPool):
             return global_avg_pool(x)
         if isinstance(layer, spec.Flatten):

@@ -1,5 +1,7 @@
 """Residual networks for small images (He et al. 2016, arXiv 1512.03385, section 4.2)."""
 
+from typing import Any
+
 from jaxeff.spec import Architecture, Conv, Dense, GlobalPool, Layer, Residual
 
 
@@ -36,7 +38,7 @@ def resnet(
     if shortcut not in ("pad", "projection"):
         raise ValueError(f"shortcut must be 'pad' or 'projection', got {shortcut!r}")
     widths = [max(1, round(w * width)) for w in (16, 32, 64)]
-    common = {"norm": norm, "bias": bias}
+    common: dict[str, Any] = {"norm": norm, "bias": bias}
     layers: list[Layer] = [Conv("conv1", widths[0], role="stem", **common)]
     for stage, features in enumerate(widths, start=1):
         for block in range(1, blocks + 1):

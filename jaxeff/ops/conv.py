@@ -16,6 +16,7 @@ Letters used below: N batch, I and O input and output channels, G groups.
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from jaxeff.ops.lowering import Window
 
 Impl = Literal["lax", "canonical", "auto"]
 IMPLS: tuple[str, ...] = ("lax", "canonical", "auto")
+PADDINGS: tuple[str, ...] = ("SAME", "SAME_LOWER", "VALID")
 
 _IMPL: contextvars.ContextVar[str] = contextvars.ContextVar("jaxeff_conv_impl", default="auto")
 _UNROLL: contextvars.ContextVar[int] = contextvars.ContextVar("jaxeff_conv_unroll", default=32)
@@ -77,14 +79,16 @@ def conv_general_dilated(
       The convolution, equal to lax's within float rounding.
 
     Raises:
-      ValueError: for an unknown `impl`, ranks or channels that do not fit, or groups that do not divide the channels.
-      TypeError: for integer kernels' and inputs' dtypes that differ.
+      ValueError: for an unknown `impl` or padding, ranks or channels that do not fit, strides or dilations below 1, or
+        groups that do not divide the channels.
+      TypeError: if input and kernel differ in dtype.
     """
-    impl = _checked_impl(_IMPL.get() if impl is None else impl)
-    _check_operands(lhs, rhs, window_strides, dimension_numbers, feature_group_count, batch_group_count)
-    use_lax = impl == "lax" or (impl == "auto" and jax.default_backend() != "cpu")
+    chosen = _checked_impl(_IMPL.get() if impl is None else impl)
+    _check_operands(lhs, rhs, dimension_numbers, feature_group_count, batch_group_count)
+    _check_window(lhs, window_strides, padding, lhs_dilation, rhs_dilation)
+    use_lax = chosen == "lax" or (chosen == "auto" and jax.default_backend() != "cpu")
     outside = batch_group_count != 1 or out_sharding is not None or not jnp.issubdtype(lhs.dtype, jnp.floating)
-    if outside and impl == "canonical":
+    if outside and chosen == "canonical":
         raise ValueError(
             "impl='canonical' covers real floating-point convolutions with batch_group_count=1 and out_sharding=None; "
             f"got dtype {lhs.dtype}, batch_group_count={batch_group_count}, out_sharding={out_sharding}. "
@@ -105,7 +109,7 @@ def conv_general_dilated(
     k = _permuted(rhs, (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]))
     window = Window(
         strides=tuple(window_strides),
-        padding=_explicit_padding(padding, x.shape[1:-1], k.shape[:-2], window_strides, lhs_dilation, rhs_dilation),
+        padding=_explicit_padding(padding, x.shape[1:-1], k.shape[:-2], window_strides, rhs_dilation),
         lhs_dilation=lhs_dilation,
         rhs_dilation=rhs_dilation,
         groups=feature_group_count,
@@ -124,14 +128,14 @@ def conv_impl(impl: Impl, *, unroll: int | None = None) -> Iterator[None]:
 
     Args:
       impl: "lax", "canonical" or "auto", see `conv_general_dilated`.
-      unroll: largest mapped axis that `vmap` unrolls into separate convolutions; longer ones become a `lax.map`.
-        None leaves it as it is (32 outside any context).
+      unroll: how many separate convolutions or matrix products `vmap` may write out for one mapped operation; where
+        the mapped axis needs more, it becomes a `lax.map`. None leaves it as it is (32 outside any context).
 
     Raises:
       ValueError: for an unknown `impl` or a negative `unroll`.
     """
     if unroll is not None and unroll < 0:
-        raise ValueError(f"unroll must be >= 0 (0 maps every client axis with lax.map), got {unroll}")
+        raise ValueError(f"unroll must be >= 0 (0 makes every mapped axis a lax.map), got {unroll}")
     token = _IMPL.set(_checked_impl(impl))
     unroll_token = _UNROLL.set(_UNROLL.get() if unroll is None else unroll)
     try:
@@ -166,8 +170,8 @@ def _input_gradient(window: Window, x_shape: tuple[int, ...], k: jax.Array, g: j
     padding = []
     for axis, (low, _) in enumerate(window.padding):
         reach = (kernel[axis] - 1) * window.rhs_dilation[axis]
-        dilated_in = (x_shape[1 + axis] - 1) * window.lhs_dilation[axis] + 1
-        dilated_out = (g.shape[1 + axis] - 1) * window.strides[axis] + 1
+        dilated_in = lowering.dilated(x_shape[1 + axis], window.lhs_dilation[axis])
+        dilated_out = lowering.dilated(g.shape[1 + axis], window.strides[axis])
         padding.append((reach - low, dilated_in + low - dilated_out))
     turned = window._replace(
         strides=window.lhs_dilation, padding=tuple(padding), lhs_dilation=window.strides, out_dtype=None
@@ -195,11 +199,13 @@ _weight_gradient.defvjp(_weight_gradient_fwd, _weight_gradient_bwd)
 # --- the batching rule ------------------------------------------------------------------------------------------------
 
 
-def _mappable(compute, merge=None):
+def _mappable(compute, calls, merge=None):
     """Wraps a binary function so that a mapped axis becomes separate calls instead of one grouped convolution.
 
     Args:
       compute: function (a, b) -> array of the unmapped operands.
+      calls: how many convolutions or products one call of `compute` writes; written out for every member of the mapped
+        axis they cost compile time, so past the limit the axis becomes a loop.
       merge: optional function (a, b) for a mapped and b shared, which folds the mapped axis into the batch.
     """
 
@@ -212,7 +218,7 @@ def _mappable(compute, merge=None):
         a_mapped, b_mapped = in_batched
         if merge is not None and a_mapped and not b_mapped:
             return merge(op, a, b), True
-        if axis_size <= _UNROLL.get():
+        if axis_size and axis_size * calls <= _UNROLL.get():
             parts = [op(a[i] if a_mapped else a, b[i] if b_mapped else b) for i in range(axis_size)]
             return jnp.stack(parts), True
         mapped = tuple(operand for operand, is_mapped in ((a, a_mapped), (b, b_mapped)) if is_mapped)
@@ -231,11 +237,12 @@ def _forward(window: Window):
         y = op(x.reshape(-1, *x.shape[2:]), k)
         return y.reshape(*x.shape[:2], *y.shape[1:])
 
-    return _mappable(partial(lowering.convolve, window), merge)
+    return _mappable(partial(lowering.convolve, window), lowering.separate_groups(window), merge)
 
 
 def _weight(window: Window, k_shape: tuple[int, ...]):
-    return _mappable(partial(lowering.weight_gradient, window, k_shape))
+    calls = lowering.separate_groups(window) * math.prod(k_shape[:-2])
+    return _mappable(partial(lowering.weight_gradient, window, k_shape), calls)
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------
@@ -249,13 +256,9 @@ def _transposed_kernel(k: jax.Array, groups: int) -> jax.Array:
     return jnp.swapaxes(split, -1, -3).reshape(*kernel, o // groups, groups * i)
 
 
-def _explicit_padding(padding, in_shape, kernel, strides, lhs_dilation, rhs_dilation) -> tuple[tuple[int, int], ...]:
+def _explicit_padding(padding, in_shape, kernel, strides, rhs_dilation) -> tuple[tuple[int, int], ...]:
     if not isinstance(padding, str):
         return tuple((int(low), int(high)) for low, high in padding)
-    if any(d != 1 for d in lhs_dilation):
-        raise ValueError(
-            f"padding={padding!r} has no agreed meaning with lhs_dilation={lhs_dilation}; give (low, high) pairs"
-        )
     reach = [(size - 1) * d + 1 for size, d in zip(kernel, rhs_dilation, strict=True)]
     pairs = lax.padtype_to_pads(in_shape, reach, strides, padding)
     return tuple((int(low), int(high)) for low, high in pairs)
@@ -271,7 +274,7 @@ def _checked_impl(impl: str) -> str:
     return impl
 
 
-def _check_operands(lhs, rhs, strides, dimension_numbers, groups, batch_groups) -> None:
+def _check_operands(lhs, rhs, dimension_numbers, groups, batch_groups) -> None:
     if lhs.ndim != rhs.ndim or lhs.ndim < 3:
         raise ValueError(
             f"a convolution takes an input and a kernel of equal rank >= 3 (batch, channels and space), got input "
@@ -279,8 +282,6 @@ def _check_operands(lhs, rhs, strides, dimension_numbers, groups, batch_groups) 
         )
     if lhs.dtype != rhs.dtype:
         raise TypeError(f"input and kernel must have one dtype, got {lhs.dtype} and {rhs.dtype}; cast one of them")
-    if len(strides) != lhs.ndim - 2:
-        raise ValueError(f"window_strides must have {lhs.ndim - 2} entries for input {lhs.shape}, got {strides}")
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     channels, per_group = lhs.shape[numbers.lhs_spec[1]], rhs.shape[numbers.rhs_spec[1]]
     features = rhs.shape[numbers.rhs_spec[0]]
@@ -296,3 +297,20 @@ def _check_operands(lhs, rhs, strides, dimension_numbers, groups, batch_groups) 
         )
     if batch_groups != 1 and lhs.shape[numbers.lhs_spec[0]] % batch_groups:
         raise ValueError(f"batch_group_count={batch_groups} must divide the batch of input {lhs.shape}")
+
+
+def _check_window(lhs, strides, padding, lhs_dilation, rhs_dilation) -> None:
+    n = lhs.ndim - 2
+    for name, steps in (("window_strides", strides), ("lhs_dilation", lhs_dilation), ("rhs_dilation", rhs_dilation)):
+        if steps is not None and (len(steps) != n or min(steps) < 1):
+            raise ValueError(f"{name} must have {n} entries >= 1 for input {lhs.shape}, got {tuple(steps)}")
+    if isinstance(padding, str):
+        if padding.upper() not in PADDINGS:
+            raise ValueError(f"padding must be (low, high) pairs or one of {', '.join(PADDINGS)}, got {padding!r}")
+        if lhs_dilation is not None and any(d != 1 for d in lhs_dilation):
+            raise ValueError(
+                f"padding={padding!r} has no agreed meaning with lhs_dilation={tuple(lhs_dilation)}; give (low, high) "
+                "pairs"
+            )
+    elif len(padding) != n:
+        raise ValueError(f"padding must have {n} (low, high) pairs for input {lhs.shape}, got {padding}")

@@ -68,6 +68,16 @@ def weight_gradient(window: Window, k_shape: tuple[int, ...], x: jax.Array, g: j
     return _grouped_weight_by_shifts(window, k_shape, x, g)
 
 
+def dilated(size: int, dilation: int) -> int:
+    """Length of an axis of `size` elements that lie `dilation` apart."""
+    return (size - 1) * dilation + 1 if size else 0
+
+
+def separate_groups(window: Window) -> int:
+    """How many groups are computed one by one: 1 where all are computed together."""
+    return window.groups if window.groups <= MAX_SEPARATE_GROUPS else 1
+
+
 def _direct(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
     if any(low < 0 or high < 0 for low, high in window.padding):
         # XLA's CPU convolution reads outside its input when padding is negative (jax 0.10.2), so we crop instead.
@@ -94,7 +104,8 @@ def _depthwise(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
     accumulator = _accumulator(x, window)
     # Output feature o reads channel o // multiplier.
     views = _shifted_views(window, k.shape, jnp.repeat(x, multiplier, axis=-1) if multiplier > 1 else x)
-    y = sum(view.astype(accumulator) * k[tap][0].astype(accumulator) for tap, view in views)
+    first, *others = (view.astype(accumulator) * k[tap][0].astype(accumulator) for tap, view in views)
+    y = sum(others, first)
     return y.astype(window.out_dtype or x.dtype)
 
 
@@ -133,19 +144,13 @@ def _dense_weight_by_convolution(window: Window, k_shape, x: jax.Array, g: jax.A
     padding = []
     for axis, (low, _) in enumerate(window.padding):
         reach = (k_shape[axis] - 1) * window.rhs_dilation[axis] + 1
-        dilated_in = (x.shape[1 + axis] - 1) * window.lhs_dilation[axis] + 1
-        dilated_out = (g.shape[1 + axis] - 1) * window.strides[axis] + 1
+        dilated_in = dilated(x.shape[1 + axis], window.lhs_dilation[axis])
+        dilated_out = dilated(g.shape[1 + axis], window.strides[axis])
         padding.append((low, reach - 1 + dilated_out - dilated_in - low))
-    dk = lax.conv_general_dilated(
-        x.transpose(x.ndim - 1, *space, 0),
-        g.transpose(*space, 0, x.ndim - 1),
-        window.rhs_dilation,
-        padding,
-        window.lhs_dilation,
-        window.strides,
-        _channels_last(x.ndim),
-        precision=window.precision,
+    turned = Window(
+        window.rhs_dilation, tuple(padding), window.lhs_dilation, window.strides, precision=window.precision
     )
+    dk = _direct(turned, x.transpose(x.ndim - 1, *space, 0), g.transpose(*space, 0, x.ndim - 1))
     return dk.transpose(*space, 0, x.ndim - 1)
 
 
@@ -154,8 +159,11 @@ def _shifted_views(window: Window, k_shape, x: jax.Array) -> Iterator[tuple[tupl
     padded = _with_margins(window, x)
     kernel, strides = k_shape[:-2], window.strides
     reach = [(size - 1) * d + 1 for size, d in zip(kernel, window.rhs_dilation, strict=True)]
-    out = [(size - r) // s + 1 for size, r, s in zip(padded.shape[1:-1], reach, strides, strict=True)]
+    out = [max((size - r) // s + 1, 0) for size, r, s in zip(padded.shape[1:-1], reach, strides, strict=True)]
     for tap in np.ndindex(*kernel):
+        if 0 in out:
+            yield tap, jnp.zeros((x.shape[0], *out, x.shape[-1]), x.dtype)
+            continue
         start = [t * d for t, d in zip(tap, window.rhs_dilation, strict=True)]
         stop = [a + (o - 1) * s + 1 for a, o, s in zip(start, out, strides, strict=True)]
         yield tap, lax.slice(padded, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1))

@@ -17,7 +17,8 @@ class Norm(nn.Module):
     """Normalisation of channels-last activations.
 
     Attributes:
-      kind: "batch" (running statistics in the "batch_stats" collection, momentum 0.9), "group", "layer" or "rms".
+      kind: "batch" (running statistics in the "batch_stats" collection, momentum 0.9), "group", "layer", "rms", or None
+        for no norm.
       groups: number of groups of "group"; lowered to the largest divisor of the channels that is not above it.
       epsilon: added to the variance.
       axis_name: mapped axis over which "batch" shares its statistics, or None.
@@ -27,7 +28,7 @@ class Norm(nn.Module):
       bias_init: initialiser of the offset [C].
     """
 
-    kind: str
+    kind: str | None
     groups: int = 8
     epsilon: float = 1e-5
     axis_name: str | None = None
@@ -39,7 +40,8 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Normalises x [N, ..., C]; with `train`, "batch" uses and updates the statistics of this batch."""
-        checked_norm(self.kind)
+        if checked_norm(self.kind) is None:
+            return x
         shared: dict[str, Any] = dict(
             epsilon=self.epsilon, dtype=self.dtype, param_dtype=self.param_dtype, scale_init=self.scale_init
         )

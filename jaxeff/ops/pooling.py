@@ -27,7 +27,7 @@ def max_pool(x: jax.Array, window: tuple[int, int] = (2, 2)) -> jax.Array:
       [N, H // height, W // width, C].
 
     Raises:
-      ValueError: if x is not of rank 4 or smaller than one window.
+      ValueError: if x is not of rank 4 or smaller than one window, or the window is not two positive sizes.
     """
     _check(x, window)
     views = _views(x, window)
@@ -67,10 +67,11 @@ def avg_pool(x: jax.Array, window: tuple[int, int] = (2, 2)) -> jax.Array:
       [N, H // height, W // width, C].
 
     Raises:
-      ValueError: if x is not of rank 4 or smaller than one window.
+      ValueError: if x is not of rank 4 or smaller than one window, or the window is not two positive sizes.
     """
     _check(x, window)
-    return sum(_views(x, window)) / (window[0] * window[1])
+    first, *others = _views(x, window)
+    return sum(others, first) / (window[0] * window[1])
 
 
 def global_avg_pool(x: jax.Array) -> jax.Array:
@@ -99,5 +100,7 @@ def _interleave(parts: Sequence[jax.Array], shape: tuple[int, ...], window: tupl
 def _check(x: jax.Array, window: tuple[int, int]) -> None:
     if x.ndim != 4:
         raise ValueError(f"x must be [N, H, W, C], got shape {x.shape}")
+    if len(window) != 2 or min(window) < 1:
+        raise ValueError(f"window must be two sizes >= 1, got {tuple(window)}")
     if x.shape[1] < window[0] or x.shape[2] < window[1]:
         raise ValueError(f"x of shape {x.shape} is smaller than the pooling window {tuple(window)}")

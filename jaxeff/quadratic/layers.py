@@ -113,13 +113,21 @@ class _QuadraticLayer(nn.Module):
 
     def _params(self, kernel_shape: tuple[int, ...]) -> dict[str, jax.Array]:
         kind = kinds.get(self.kind)
-        if self.init not in ("kaiming", "relinear"):
-            raise ValueError(f"init must be 'kaiming' or 'relinear', got {self.init!r}")
+        if self.initialization not in ("kaiming", "relinear"):
+            raise ValueError(f"initialization must be 'kaiming' or 'relinear', got {self.initialization!r}")
         bias = self.use_bias if self.use_bias is not None else self.branch_norm is None
-        starts = kinds.relinear_starts(kind) if self.init == "relinear" else {}
+        starts = kinds.relinear_starts(kind) if self.initialization == "relinear" else {}
         normed = checked_norm(self.branch_norm) is not None
-        if "one" in starts.values() and not (normed or bias):
-            raise ValueError(f"ReLinear initialisation of kind {self.kind!r} needs use_bias=True or a branch_norm")
+        if "one" in starts.values() and not (bias if not normed else self.branch_norm != "rms"):
+            raise ValueError(
+                f"ReLinear initialisation of kind {self.kind!r} starts a projection at one, which needs an offset: "
+                "use_bias=True or a branch_norm other than 'rms' ('rms' has none)"
+            )
+        if len(starts) > 1 and self.branch_act is not None:
+            raise ValueError(
+                f"ReLinear initialisation needs branch_act=None, got {self.branch_act!r}: it would change the "
+                "first-order part and hold the quadratic part at zero"
+            )
         params = {}
         for projection in kind.projections:
             start = starts.get(projection.name, "kaiming")
@@ -142,7 +150,7 @@ class _QuadraticLayer(nn.Module):
             raise ValueError(f"branch_act must be None or 'relu', got {self.branch_act!r}")
         act = BRANCH_ACTS[self.branch_act]
         kind = kinds.get(self.kind)
-        starts = kinds.relinear_starts(kind) if self.init == "relinear" else {}
+        starts = kinds.relinear_starts(kind) if self.initialization == "relinear" else {}
 
         def apply(name, z):
             if self.branch_norm is not None:
@@ -174,7 +182,8 @@ class QuadraticDense(_QuadraticLayer):
       use_bias: bias of every projection; None means only without branch norm.
       branch_norm: norm of every projection ("batch", "group", "layer", "rms") or None.
       branch_act: activation of every projection after its norm, "relu" or None.
-      init: "kaiming" (unit output variance) or "relinear" (starts as the first-order layer).
+      initialization: "kaiming" (unit output variance where the inputs are rectified standard normals, as after norm
+        and ReLU) or "relinear" (starts as the first-order layer).
       dtype: dtype of the arithmetic; None follows input and parameters.
       param_dtype: dtype of the parameters.
       precision: as in lax.
@@ -186,7 +195,7 @@ class QuadraticDense(_QuadraticLayer):
     use_bias: bool | None = None
     branch_norm: str | None = None
     branch_act: Literal["relu"] | None = None
-    init: Literal["kaiming", "relinear"] = "kaiming"
+    initialization: Literal["kaiming", "relinear"] = "kaiming"
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None
@@ -209,7 +218,8 @@ class QuadraticConv(_QuadraticLayer):
       padding: "SAME", "VALID" or two (low, high) pairs.
       kernel_dilation: two kernel dilations.
       feature_group_count: channel groups.
-      kind, use_bias, branch_norm, branch_act, init, dtype, param_dtype, precision, axis_name: as in `QuadraticDense`.
+      kind, use_bias, branch_norm, branch_act, initialization, dtype, param_dtype, precision, axis_name: as in
+        `QuadraticDense`.
       conv_general_dilated: the convolution, with lax's signature.
     """
 
@@ -223,7 +233,7 @@ class QuadraticConv(_QuadraticLayer):
     use_bias: bool | None = None
     branch_norm: str | None = None
     branch_act: Literal["relu"] | None = None
-    init: Literal["kaiming", "relinear"] = "kaiming"
+    initialization: Literal["kaiming", "relinear"] = "kaiming"
     dtype: Any = None
     param_dtype: Any = jnp.float32
     precision: Any = None

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -284,7 +285,11 @@ def _import_orbax() -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else 'no message'}"
+    """What went wrong, in one line; first the operating system's reason, which tensorstore puts last, as a number."""
+    text = str(error).strip() or "no message"
+    number = re.search(r"os_error_code=\\?'(\d+)", text)
+    reason = f"{os.strerror(int(number[1]))}, " if number else ""
+    return f"{reason}{type(error).__name__}: {text.splitlines()[0][:300]}"
 
 
 def _listed(steps: tuple[int, ...]) -> str:

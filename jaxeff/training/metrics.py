@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -72,7 +73,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a row that could not be written was reported by `write`
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

@@ -109,8 +109,9 @@ def optimizer(
     _check_rate("weight_decay", weight_decay)
     if clip_norm is not None and not (_finite(clip_norm) and clip_norm > 0):
         raise ValueError(f"clip_norm: expected a finite number above 0 or None, got {clip_norm}")
+    mask = _decay_mask(decay)
     scaling, after = build(**options)
-    decayed = optax.add_decayed_weights(weight_decay, _decay_mask(decay)) if weight_decay else optax.identity()
+    decayed = optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
     return optax.chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
         *((decayed, scaling) if coupled else (scaling, decayed)),

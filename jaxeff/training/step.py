@@ -171,7 +171,8 @@ def _mean_over(tree: Any, axis_name: str | None) -> Any:
 
 def _learning_rate(opt_state: Any) -> jax.Array | None:
     """The scalar called learning_rate in the optimiser's state, where there is one (ours, optax.inject_hyperparams)."""
-    found = [leaf for _, leaf in optax.tree.get_all_with_path(opt_state, "learning_rate") if jnp.ndim(leaf) == 0]
+    found = [leaf for _, leaf in optax.tree.get_all_with_path(opt_state, "learning_rate")]
+    found = [leaf for leaf in found if getattr(leaf, "ndim", None) == 0]  # inject_hyperparams has states of that name
     return found[0] if found else None
 
 

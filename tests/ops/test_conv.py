@@ -10,23 +10,29 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax import numpy as jnp
-from jax.extend import core
 
+from jaxeff import compat
 from jaxeff.ops import conv_general_dilated, conv_impl
 
 CHANNELS_LAST = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 canonical = partial(conv_general_dilated, impl="canonical", dimension_numbers=CHANNELS_LAST[2])
 stock = partial(lax.conv_general_dilated, dimension_numbers=CHANNELS_LAST[2])
+# Many small programs, each run once: compiling them is all that takes time.
+once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def normal(seed, *shape, dtype=np.float32):
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def assert_near(actual, expected, tolerance=2e-5):
     expected = np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
-    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    atol = tolerance * np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=atol)
+
+
+# --- against loops ----------------------------------------------------------------------------------------------------
 
 
 def pairs_of(padding, space, kernel, strides, dilation):
@@ -53,12 +59,11 @@ def by_loops(x, k, strides, padding, lhs_dilation, rhs_dilation, groups, cotange
     full = np.zeros((n, *(s + 2 * frame for s in dilated), x.shape[-1]))
     full[inner] = x
     reach = [(taps - 1) * d + 1 for taps, d in zip(kernel, rhs_dilation, strict=True)]
-    out = [
-        (s + low + high - r) // t + 1 for s, (low, high), r, t in zip(dilated, padding, reach, strides, strict=True)
-    ]
+    fit = [s + low + high - r for s, (low, high), r in zip(dilated, padding, reach, strict=True)]
+    out = [max(f // s + 1, 0) for f, s in zip(fit, strides, strict=True)]
     y, dfull, dk = np.zeros((n, *out, features)), np.zeros_like(full), np.zeros_like(k)
     i, o = per_group, features // groups
-    for tap in np.ndindex(*kernel):
+    for tap in np.ndindex(*kernel) if 0 not in out else ():
         start = [frame - low + t * d for (low, _), t, d in zip(padding, tap, rhs_dilation, strict=True)]
         at = (slice(None), *(slice(a, a + (m - 1) * s + 1, s) for a, m, s in zip(start, out, strides, strict=True)))
         for g in range(groups):
@@ -70,33 +75,31 @@ def by_loops(x, k, strides, padding, lhs_dilation, rhs_dilation, groups, cotange
     return y, dfull[inner], dk
 
 
-
-
-def case(space=(7, 8), kernel=(3, 3), channels=3, features=4, strides=None, padding="SAME", lhs=None, rhs=None, groups=1):
-    n = len(space)
-    strides, lhs, rhs = strides or (1,) * n, lhs or (1,) * n, rhs or (1,) * n
-    return dict(
-        space=space, kernel=kernel, channels=channels, features=features, strides=strides, padding=padding, lhs=lhs,
-        rhs=rhs, groups=groups,
-    )  # fmt: skip
+def case(
+    space=(7, 8), kernel=(3, 3), channels=3, features=4, strides=None, padding="SAME", lhs=None, rhs=None, groups=1
+):
+    ones = (1,) * len(space)
+    return dict(space=space, kernel=kernel, channels=channels, features=features, strides=strides or ones,
+                padding=padding, lhs=lhs or ones, rhs=rhs or ones, groups=groups)  # fmt: skip
 
 
 ASYMMETRIC, NEGATIVE = ((0, 2), (3, 1)), ((-1, 1), (2, -2))
+PADDINGS = {"same": "SAME", "valid": "VALID", "lower": "SAME_LOWER", "asymmetric": ASYMMETRIC, "negative": NEGATIVE}
+TWO = dict(channels=4, features=6, groups=2)
 DEPTHWISE = dict(channels=3, features=3, groups=3)
-WIDE = dict(channels=34, features=68, groups=34)  # more groups than are computed separately, and not by taps below
+TWICE = dict(channels=3, features=6, groups=3)
+MANY = dict(space=(4, 5), channels=80, features=40, groups=40)
+BIG = dict(kernel=(8, 8))
 CASES = {
     **{
-        f"stride{s}-{padding if isinstance(padding, str) else name}": case(strides=(s, s), padding=padding)
-        for s, (name, padding) in itertools.product(
-            (1, 2, 3),
-            {"same": "SAME", "valid": "VALID", "lower": "SAME_LOWER", "asymmetric": ASYMMETRIC, "negative": NEGATIVE}.items(),
-        )
+        f"stride{s}-{name}": case(strides=(s, s), padding=PADDINGS[name])
+        for s, name in itertools.product((1, 2, 3), PADDINGS)
     },
     "strides-differ": case(strides=(1, 3), kernel=(2, 4)),
     "even-kernel": case(kernel=(2, 2)),
     "even-kernel-lower-stride2": case(kernel=(4, 2), padding="SAME_LOWER", strides=(2, 2)),
     "even-kernel-negative": case(kernel=(4, 2), padding=NEGATIVE, strides=(2, 1)),
-    "pointwise": case(kernel=(1, 1)),
+    "negative-low-equals-high": case(padding=((-1, 1), (0, 0))),
     "pointwise-stride2": case(kernel=(1, 1), strides=(2, 2)),
     "kernel-dilated": case(rhs=(2, 3)),
     "kernel-dilated-stride2-valid": case(rhs=(2, 2), strides=(2, 2), padding="VALID"),
@@ -105,28 +108,30 @@ CASES = {
     "input-dilated-stride2-negative": case(lhs=(2, 2), strides=(2, 3), padding=((-2, 1), (0, -3))),
     "both-dilated": case(lhs=(3, 2), rhs=(2, 2), strides=(2, 1), padding=((2, 0), (1, 3)), kernel=(2, 3)),
     "padding-beyond-kernel": case(kernel=(2, 1), padding=((3, 4), (2, 0)), strides=(2, 2)),
-    "groups2": case(channels=4, features=6, groups=2),
-    "groups2-stride2-asymmetric": case(channels=4, features=6, groups=2, strides=(2, 2), padding=ASYMMETRIC),
-    "groups2-negative-dilated": case(channels=4, features=2, groups=2, padding=NEGATIVE, rhs=(2, 1), lhs=(1, 2)),
+    "kernel-beyond-input": case(kernel=(9, 2), padding="VALID", strides=(2, 1)),
+    "groups2": case(**TWO),
+    "groups2-stride2-asymmetric": case(**TWO, strides=(2, 2), padding=ASYMMETRIC),
+    "groups2-negative-dilated": case(**TWO, padding=((-1, 1), (2, -1)), rhs=(2, 1), lhs=(1, 2)),
     "depthwise": case(**DEPTHWISE),
     "depthwise-stride2-negative": case(**DEPTHWISE, strides=(2, 2), padding=NEGATIVE),
     "depthwise-both-dilated": case(**DEPTHWISE, lhs=(2, 1), rhs=(1, 2), padding=((1, 0), (2, 2)), strides=(3, 1)),
-    "depthwise-twice": case(channels=3, features=6, groups=3, strides=(2, 1)),
-    "depthwise-twice-dilated": case(channels=3, features=6, groups=3, lhs=(1, 2), rhs=(2, 2), padding=((1, 1), (0, -1))),
-    "depthwise-large-kernel": case(space=(9, 9), kernel=(8, 8), **DEPTHWISE, padding="SAME", strides=(2, 2)),
-    "many-groups": case(space=(4, 5), channels=80, features=40, groups=40, kernel=(2, 3), strides=(2, 1)),
-    "many-groups-negative": case(space=(4, 5), channels=80, features=40, groups=40, padding=NEGATIVE, kernel=(2, 2)),
+    "depthwise-kernel-beyond-input": case(**DEPTHWISE, kernel=(9, 2), padding="VALID", strides=(2, 1)),
+    "depthwise-twice": case(**TWICE, strides=(2, 1)),
+    "depthwise-twice-dilated": case(**TWICE, lhs=(1, 2), rhs=(2, 2), padding=((1, 1), (0, -1))),
+    "depthwise-big-kernel": case(space=(9, 9), **BIG, **DEPTHWISE, strides=(2, 2)),
+    "many-groups": case(**MANY, kernel=(2, 3), strides=(2, 1)),
+    "many-groups-negative": case(**MANY, kernel=(2, 2), padding=NEGATIVE),
     "many-depthwise": case(space=(4, 5), channels=40, features=80, groups=40, kernel=(2, 3), rhs=(1, 2)),
-    "large-kernel": case(space=(9, 9), kernel=(8, 8)),
-    "large-kernel-crops": case(space=(11, 12), kernel=(8, 8), strides=(2, 3), padding="VALID"),
-    "large-kernel-negative": case(space=(13, 12), kernel=(8, 7), padding=((-2, 0), (1, -2)), strides=(2, 1)),
-    "large-kernel-dilated": case(space=(5, 5), kernel=(8, 8), lhs=(3, 2), rhs=(1, 2), padding=((1, 2), (5, 4))),
-    "large-kernel-groups": case(space=(9, 8), kernel=(8, 8), channels=4, features=2, groups=2, padding="SAME"),
+    "big-kernel": case(space=(9, 9), **BIG),
+    "big-kernel-crops": case(space=(11, 12), **BIG, strides=(2, 3), padding="VALID"),
+    "big-kernel-negative": case(space=(12, 12), **BIG, padding=((-1, 1), (0, 0))),
+    "big-kernel-dilated": case(space=(5, 5), **BIG, lhs=(3, 2), rhs=(1, 2), padding=((1, 2), (5, 4))),
+    "big-kernel-groups": case(space=(9, 8), **BIG, **TWO),
     "1d": case(space=(9,), kernel=(4,), strides=(2,), padding=((-1, 3),)),
-    "1d-dilated-groups": case(space=(9,), kernel=(3,), rhs=(2,), lhs=(2,), padding=((0, 1),), channels=4, groups=2),
+    "1d-dilated-groups": case(space=(9,), kernel=(3,), rhs=(2,), lhs=(2,), padding=((0, 1),), **TWO),
     "3d": case(space=(4, 5, 3), kernel=(2, 3, 2), strides=(1, 2, 1)),
-    "3d-dilated": case(space=(4, 5, 3), kernel=(2, 1, 3), lhs=(1, 2, 1), rhs=(2, 1, 1), padding=((1, 0), (-1, 2), (2, 1))),
-}  # fmt: skip
+    "3d-dilated": case((4, 5, 3), (2, 1, 3), lhs=(1, 2, 1), rhs=(2, 1, 1), padding=((1, 0), (-1, 2), (2, 1))),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -138,17 +143,336 @@ def test_forward_and_both_gradients_equal_loops(name):
     geometry = (c["strides"], pairs, c["lhs"], c["rhs"], c["groups"])
     g = normal(2, *by_loops(x, k, *geometry)[0].shape)
 
-    @jax.jit
     def ours(x, k, g):
-        def conv(x, k):
-            numbers = CHANNELS_LAST[len(c["space"])]
-            return conv_general_dilated(
-                x, k, c["strides"], c["padding"], c["lhs"], c["rhs"], numbers, c["groups"], impl="canonical"
-            )
-
-        y, vjp = jax.vjp(conv, x, k)
+        numbers = CHANNELS_LAST[len(c["space"])]
+        settings = (c["strides"], c["padding"], c["lhs"], c["rhs"], numbers, c["groups"])
+        y, vjp = jax.vjp(lambda x, k: conv_general_dilated(x, k, *settings, impl="canonical"), x, k)
         return y, *vjp(g)
 
-    # With lhs_dilation a name has no meaning, and the cases above give pairs.
-    for actual, expected in zip(ours(x, k, g), by_loops(x, k, *geometry, g), strict=True):
+    for actual, expected in zip(once(ours)(x, k, g), by_loops(x, k, *geometry, g), strict=True):
         assert_near(actual, expected)
+
+
+# --- against lax ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("numbers", "x_shape", "k_shape"),
+    [
+        (None, (2, 3, 7, 8), (4, 3, 3, 2)),
+        (("NCHW", "OIHW", "NCHW"), (2, 3, 7, 8), (4, 3, 3, 2)),
+        (("NHWC", "OIHW", "NCHW"), (2, 7, 8, 3), (4, 3, 3, 2)),
+        (("CWNH", "WOHI", "HNCW"), (3, 8, 2, 7), (2, 4, 3, 3)),
+    ],
+)
+def test_dimension_numbers_are_those_of_lax(numbers, x_shape, k_shape):
+    x, k = normal(0, *x_shape), normal(1, *k_shape)
+    settings = ((2, 1), "SAME", None, (1, 2), numbers)
+
+    def both(conv, x, k):
+        y, vjp = jax.vjp(lambda x, k: conv(x, k, *settings), x, k)
+        return y, *vjp(jnp.cos(y))
+
+    ours = once(partial(both, partial(conv_general_dilated, impl="canonical")))
+    theirs = once(partial(both, lax.conv_general_dilated))
+    for actual, expected in zip(ours(x, k), theirs(x, k), strict=True):
+        assert_near(actual, expected)
+
+
+def test_outside_loops_the_forward_pass_is_bit_equal_to_lax():
+    x, k = normal(0, 2, 9, 9, 3), normal(1, 3, 3, 3, 4)
+    np.testing.assert_array_equal(canonical(x, k, (2, 2), "SAME"), stock(x, k, (2, 2), "SAME"))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradient_of_gradient_equals_that_of_lax(groups):
+    x, k = normal(0, 2, 6, 5, 4), normal(1, 3, 2, 4 // groups, 2)
+    dx, dk = normal(2, *x.shape), normal(3, *k.shape)
+
+    def curvature(conv):
+        def loss(x, k):
+            return jnp.sum(jnp.sin(conv(x, k, (2, 1), "SAME", feature_group_count=groups)))
+
+        def slope(x, k):
+            gx, gk = jax.grad(loss, (0, 1))(x, k)
+            return jnp.vdot(gx, dx) + jnp.vdot(gk, dk)
+
+        return once(jax.grad(slope, (0, 1)))(x, k)
+
+    for actual, expected in zip(curvature(canonical), curvature(stock), strict=True):
+        assert_near(actual, expected)
+
+
+def test_forward_mode_needs_lax():
+    x, k = normal(0, 1, 5, 5, 2), normal(1, 3, 3, 2, 2)
+    _, tangent = jax.jvp(lambda x: canonical(x, k, (1, 1), "SAME", impl="lax"), (x,), (x,))
+    assert_near(tangent, stock(x, k, (1, 1), "SAME"))
+    with pytest.raises(TypeError, match="forward-mode autodiff"):
+        jax.jvp(lambda x: canonical(x, k, (1, 1), "SAME"), (x,), (x,))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_bfloat16_in_float32_out(groups):
+    x, k = (normal(i, *s).astype(jnp.bfloat16) for i, s in enumerate([(2, 6, 6, 4), (3, 3, 4 // groups, 4)]))
+    exact = by_loops(x, k, (1, 1), [(1, 1), (1, 1)], (1, 1), (1, 1), groups, cotangent=np.ones((2, 6, 6, 4)))
+    conv = partial(canonical, window_strides=(1, 1), padding="SAME", feature_group_count=groups)
+
+    def both(x, k):
+        wide, vjp = jax.vjp(lambda x, k: conv(x, k, preferred_element_type=jnp.float32), x, k)
+        return wide, conv(x, k), vjp(jnp.ones_like(wide))
+
+    wide, narrow, grads = once(both)(x, k)
+    assert wide.dtype == np.float32 and narrow.dtype == jnp.bfloat16
+    assert_near(wide, exact[0])
+    for actual, expected in zip(grads, exact[1:], strict=True):
+        assert actual.dtype == jnp.bfloat16
+        assert_near(actual, expected, 1e-2)
+
+
+# --- choosing the implementation --------------------------------------------------------------------------------------
+
+
+def is_ours(**options):
+    """Ours is a custom derivative; the stock primitive stands alone."""
+    x, k = np.ones((1, 2, 4, 4), np.float32), np.ones((2, 2, 3, 3), np.float32)
+    jaxpr = jax.make_jaxpr(lambda x, k: conv_general_dilated(x, k, (1, 1), "SAME", **options))(x, k)
+    return "custom_vjp" in str(jaxpr)
+
+
+def test_auto_is_canonical_on_cpu():
+    assert is_ours() and is_ours(impl="auto") and is_ours(impl="canonical") and not is_ours(impl="lax")
+
+
+def test_a_context_chooses_for_calls_that_do_not_choose():
+    with conv_impl("lax"):
+        assert not is_ours() and is_ours(impl="canonical")
+        with conv_impl("canonical"):
+            assert is_ours() and not is_ours(impl="lax")
+        assert not is_ours()
+    assert is_ours()
+
+
+def test_a_context_is_left_behind_by_an_exception():
+    with pytest.raises(RuntimeError, match="stop"), conv_impl("lax", unroll=1):
+        raise RuntimeError("stop")
+    assert is_ours()
+
+
+def test_unknown_impl_is_an_error_that_lists_the_known():
+    with pytest.raises(ValueError, match="'lax', 'canonical', 'auto', got 'fast'"):
+        is_ours(impl="fast")
+    with pytest.raises(ValueError, match="got 'fast'"), conv_impl("fast"):
+        pass
+    with pytest.raises(ValueError, match="unroll must be >= 0 .*, got -1"), conv_impl("auto", unroll=-1):
+        pass
+    assert is_ours()
+
+
+def test_auto_hands_to_lax_what_only_lax_does():
+    auto = partial(conv_general_dilated, dimension_numbers=CHANNELS_LAST[2])
+    x, k = np.arange(64).reshape(2, 4, 4, 2), np.arange(36).reshape(3, 3, 2, 2)
+    np.testing.assert_array_equal(auto(x, k, (1, 1), "SAME"), stock(x, k, (1, 1), "SAME"))
+    x, k = x.astype(np.float32), k.astype(np.float32)
+    np.testing.assert_array_equal(
+        auto(x, k, (1, 1), "SAME", batch_group_count=2), stock(x, k, (1, 1), "SAME", batch_group_count=2)
+    )
+
+
+# --- vmap and loops ---------------------------------------------------------------------------------------------------
+
+CLIENTS = 3
+
+
+def clients(in_axes, groups=1):
+    """Operands with their mapped axes where `in_axes` says, and the pairs of operands that each client has."""
+    both = normal(0, CLIENTS, 2, 5, 6, 4), normal(1, CLIENTS, 3, 3, 4 // groups, 4)
+    at = [a[0] if axis is None else np.moveaxis(a, 0, axis) for a, axis in zip(both, in_axes, strict=True)]
+    each = [[a[0 if axis is None else i] for a, axis in zip(both, in_axes, strict=True)] for i in range(CLIENTS)]
+    return at, each
+
+
+@pytest.mark.parametrize(
+    ("in_axes", "groups", "unroll"),
+    [((0, None), 1, 32), ((0, None), 1, 0), ((None, 0), 1, 32), ((None, 0), 1, 0), ((0, 0), 2, 32), ((1, -1), 1, 0)],
+)
+def test_vmap_equals_a_loop(in_axes, groups, unroll):
+    at, each = clients(in_axes, groups)
+
+    def both(conv, x, k):
+        y, vjp = jax.vjp(lambda x, k: conv(x, k, (2, 1), "SAME", feature_group_count=groups), x, k)
+        return y, *vjp(jnp.cos(y))
+
+    with conv_impl("auto", unroll=unroll):
+        actual = once(jax.vmap(partial(both, canonical), in_axes))(*at)
+    one = once(partial(both, stock))
+    for ours, theirs in zip(actual, map(np.stack, zip(*[one(*pair) for pair in each], strict=True)), strict=True):
+        assert_near(ours, theirs)
+
+
+@pytest.mark.parametrize("unroll", [32, 2])
+def test_gradient_of_vmap_equals_a_loop(unroll):
+    at, each = clients((0, 0))
+
+    def loss(conv, x, k):
+        return jnp.sum(jnp.sin(conv(x, k, (1, 1), "SAME")))
+
+    with conv_impl("auto", unroll=unroll):
+        mapped = jax.vmap(partial(loss, canonical))
+        actual = once(jax.grad(lambda x, k: mapped(x, k).sum(), (0, 1)))(*at)
+    one = once(jax.grad(partial(loss, stock), (0, 1)))
+    for ours, theirs in zip(actual, map(np.stack, zip(*[one(*pair) for pair in each], strict=True)), strict=True):
+        assert_near(ours, theirs)
+
+
+@pytest.mark.parametrize("unroll", [32, 2])
+def test_nested_vmap_equals_loops(unroll):
+    x, k = normal(0, 3, 2, 5, 5, 2), normal(1, 2, 3, 3, 2, 2)
+    conv = partial(canonical, window_strides=(1, 1), padding="VALID")
+    with conv_impl("auto", unroll=unroll):
+        actual = once(jax.vmap(jax.vmap(conv, (None, 0)), (0, None)))(x, k)
+    rows = [[stock(x[i], k[j], (1, 1), "VALID") for j in range(2)] for i in range(3)]
+    assert_near(actual, np.stack([np.stack(row) for row in rows]))
+
+
+def test_vmap_over_no_clients_is_empty():
+    x, k = np.ones((0, 2, 5, 5, 3), np.float32), np.ones((0, 3, 3, 3, 4), np.float32)
+    assert jax.vmap(lambda x, k: canonical(x, k, (1, 1), "SAME"))(x, k).shape == (0, 2, 5, 5, 4)
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr and of those inside it."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=compat.is_jaxpr):
+            if compat.is_jaxpr(value):
+                yield from equations(value)
+
+
+def convolutions(fn, *args):
+    found = equations(jax.make_jaxpr(fn)(*args))
+    return [eqn.params for eqn in found if eqn.primitive.name == "conv_general_dilated"]
+
+
+def is_fast(params):
+    """Channels-last and without groups: what XLA's CPU convolution is written for, wherever it stands."""
+    numbers = params["dimension_numbers"]
+    channels_last = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+    return channels_last and params["feature_group_count"] == params["batch_group_count"] == 1
+
+
+@pytest.mark.parametrize(("unroll", "expected"), [(CLIENTS, CLIENTS), (CLIENTS - 1, 1)])
+def test_an_axis_is_unrolled_up_to_the_limit_and_mapped_beyond(unroll, expected):
+    (x, k), _ = clients((0, 0))
+    with conv_impl("auto", unroll=unroll):
+        found = convolutions(jax.vmap(lambda x, k: canonical(x, k, (1, 1), "SAME")), x, k)
+    assert len(found) == expected and all(map(is_fast, found))
+
+
+def step(conv, k, x):
+    """One step of gradient descent on a strided network of two layers."""
+
+    def loss(k):
+        hidden = jax.nn.relu(conv(x, k["first"], (2, 2), "SAME"))
+        return jnp.mean(conv(hidden, k["second"], (1, 1), "SAME") ** 2)
+
+    value, grads = jax.value_and_grad(loss)(k)
+    return jax.tree.map(lambda k, g: k - 0.1 * g, k, grads), value
+
+
+def kernels(*axes):
+    return {"first": normal(0, *axes, 3, 3, 3, 4), "second": normal(1, *axes, 2, 2, 4, 2)}
+
+
+def test_scan_and_map_over_training_steps_equal_lax():
+    k, batches = kernels(), normal(2, 3, 2, 6, 6, 3)
+    expected, losses = k, []
+    stock_step = once(partial(step, stock))
+    for x in batches:
+        expected, value = stock_step(expected, x)
+        losses.append(value)
+    actual, ours = once(partial(lax.scan, partial(step, canonical)))(k, batches)
+    np.testing.assert_allclose(ours, losses, rtol=1e-5)
+    jax.tree.map(assert_near, actual, expected)
+    mapped = once(lambda k, batches: lax.map(lambda x: step(canonical, k, x)[1], batches))(k, batches)
+    np.testing.assert_allclose(mapped, [stock_step(k, x)[1] for x in batches], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_training_loop_has_only_channels_last_convolutions_without_groups(mapped):
+    def loop(conv):
+        def train(k, batches):
+            return lax.scan(partial(step, conv), k, batches)
+
+        return jax.vmap(train) if mapped else train
+
+    axes = (CLIENTS,) if mapped else ()
+    args = kernels(*axes), normal(2, *axes, 3, 2, 6, 6, 3)
+    ours, theirs = convolutions(loop(canonical), *args), convolutions(loop(stock), *args)
+    assert ours and all(map(is_fast, ours))
+    assert not all(map(is_fast, theirs))
+
+
+# --- stock layers -----------------------------------------------------------------------------------------------------
+
+
+def test_plugs_into_linen():
+    x = normal(0, 2, 7, 7, 4)
+    ours, theirs = (
+        nn.Conv(6, (3, 3), strides=2, conv_general_dilated=conv)
+        for conv in (conv_general_dilated, lax.conv_general_dilated)
+    )
+    params = once(theirs.init)(jax.random.key(0), x)
+    np.testing.assert_array_equal(ours.apply(params, x), theirs.apply(params, x))
+    gradients = [once(jax.grad(lambda p, m=m: jnp.sum(m.apply(p, x) ** 2)))(params) for m in (ours, theirs)]
+    jax.tree.map(assert_near, *gradients)
+
+
+def test_plugs_into_nnx():
+    x = normal(0, 2, 7, 7, 3)
+    ours, theirs = (
+        nnx.Conv(3, 4, (3, 3), padding="VALID", conv_general_dilated=conv, rngs=nnx.Rngs(0))
+        for conv in (conv_general_dilated, lax.conv_general_dilated)
+    )
+    np.testing.assert_array_equal(ours(x), theirs(x))
+    gradients = [nnx.to_pure_dict(nnx.jit(nnx.grad(lambda m: jnp.sum(m(x) ** 2)))(m)) for m in (ours, theirs)]
+    jax.tree.map(assert_near, *gradients)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+X, K = np.ones((2, 7, 8, 4), np.float32), np.ones((3, 3, 4, 4), np.float32)
+
+
+@pytest.mark.parametrize("impl", ["lax", "canonical"])
+@pytest.mark.parametrize(
+    ("x", "k", "options", "message"),
+    [
+        (X[0], K, {}, r"equal rank >= 3 .*got input \(7, 8, 4\) and kernel \(3, 3, 4, 4\)"),
+        (X, K[:, :, :3], {}, r"takes 3 input channels per group, but the input \(2, 7, 8, 4\) has 4"),
+        (X, K, {"feature_group_count": 3}, "feature_group_count=3 must divide the 4 input channels and the 4 output"),
+        (X, K, {"feature_group_count": 0}, "feature_group_count=0 must divide"),
+        (X, K, {"batch_group_count": 3}, "batch_group_count=3 must divide the batch"),
+        (X, K, {"padding": "FULL"}, "padding must be .*SAME, SAME_LOWER, VALID, got 'FULL'"),
+        (X, K, {"padding": ((0, 0),)}, "padding must have 2 .low, high. pairs"),
+        (X, K, {"padding": "SAME", "lhs_dilation": (2, 1)}, "padding='SAME' .* lhs_dilation.*low, high"),
+        (X, K, {"window_strides": (1,)}, r"window_strides must have 2 entries >= 1 .*got \(1,\)"),
+        (X, K, {"window_strides": (0, 1)}, "window_strides must have 2 entries >= 1"),
+        (X, K, {"rhs_dilation": (0, 1)}, "rhs_dilation must have 2 entries >= 1"),
+        (X, K, {"lhs_dilation": (1, 1, 1)}, "lhs_dilation must have 2 entries >= 1"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_before_tracing(x, k, options, message, impl):
+    with pytest.raises(ValueError, match=message):
+        canonical(x, k, **{"window_strides": (1, 1), "padding": "SAME", **options}, impl=impl)
+
+
+def test_dtypes_that_differ_are_an_error():
+    with pytest.raises(TypeError, match="one dtype, got bfloat16 and float32"):
+        canonical(X.astype(jnp.bfloat16), K, (1, 1), "SAME")
+
+
+def test_canonical_refuses_what_only_lax_does():
+    with pytest.raises(ValueError, match="floating-point.*got dtype int32"):
+        canonical(X.astype(np.int32), K.astype(np.int32), (1, 1), "SAME")
+    with pytest.raises(ValueError, match="batch_group_count=2.*Use impl='lax'"):
+        canonical(X, K, (1, 1), "SAME", batch_group_count=2)

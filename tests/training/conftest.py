@@ -45,6 +45,7 @@ def start_process():
     def start(workdir, *arguments):
         process = subprocess.Popen(
             [sys.executable, str(SCRIPT), str(workdir), *map(str, arguments)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -20,10 +20,12 @@ def stopped(start_process, tmp_path_factory):
     for signum in (signal.SIGTERM, signal.SIGINT):
         assert processes[signum].stdout.readline() == "step 8\n"
         processes[signum].send_signal(signum)
+        processes[signum].stdin.write("\n")
     results = {signum: (process.communicate(timeout=120)[1], process) for signum, process in processes.items()}
     return {signum: (process.returncode, errors, workdirs[signum]) for signum, (errors, process) in results.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_process_stopped_by_a_signal_ends_its_step_and_saves(stopped, signum):
     status, errors, workdir = stopped[signum]
@@ -32,6 +34,7 @@ def test_a_process_stopped_by_a_signal_ends_its_step_and_saves(stopped, signum):
     assert Checkpoints(workdir / "checkpoints").latest() == 8
 
 
+@pytest.mark.slow
 def test_a_process_killed_without_warning_leaves_complete_checkpoints(stopped):
     status, _, workdir = stopped[signal.SIGKILL]
     assert status == -signal.SIGKILL
@@ -39,6 +42,7 @@ def test_a_process_killed_without_warning_leaves_complete_checkpoints(stopped):
     assert Checkpoints(workdir / "checkpoints").latest() in (6, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_process_started_again_ends_as_if_nothing_had_happened(
     tiny, uninterrupted, stopped, start_process, signum

@@ -3,10 +3,8 @@
 import argparse
 import functools
 import os
-import resource
 import signal
 import sys
-import time
 
 import flax.linen as nn
 import jax
@@ -85,27 +83,20 @@ def leaves(state):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir")
-    parser.add_argument("--wait-at", type=int, help="say so before this step, then make every step slow")
-    parser.add_argument("--fill-disk-at", type=int, help="files can not grow beyond 20 kB from this step on")
+    parser.add_argument("--wait-at", type=int, help="say so while this step is prepared and wait for a line")
     parser.add_argument("--kill-at", type=int, help="die without warning while this step is prepared")
-    parser.add_argument("--width", type=int, default=6)
     arguments = parser.parse_args()
 
     def source(start):
         for number, data in enumerate(batches_from(start), start + 1):
-            if arguments.fill_disk_at and number == arguments.fill_disk_at:
-                while not os.path.isdir(os.path.join(arguments.workdir, "checkpoints", "6")):
-                    time.sleep(0.01)  # the save in progress is to be finished before the disk is full
-                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
             if arguments.kill_at and number == arguments.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if arguments.wait_at and number >= arguments.wait_at:
+            if arguments.wait_at and number == arguments.wait_at:
                 print(f"step {number}", flush=True)
-                time.sleep(0.2)
+                sys.stdin.readline()
             yield data
 
-    config = {"width": arguments.width, "optimizer": {"name": "sgd", "rate": 0.1}}
-    result = fit(arguments.workdir, source, config=config)
+    result = fit(arguments.workdir, source)
     np.savez(os.path.join(arguments.workdir, "final.npz"), *leaves(result.state))
 
 

@@ -1,0 +1,307 @@
+"""Benchmarks of the ground floor: convolution gradients in loops, under vmap and grouped, and beside torch.
+
+    python -m launch.bench.ops [--case NAME ...] [--pairs 9] [--device cpu|gpu] [--json FILE]
+
+Every case compiles first, lets the contestants take turns and reports the median of pairwise ratios. Prints one JSON
+object a case; `make bench` keeps them in launch/bench/results/ops.json.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxeff import models, ops, spec, training
+from launch.bench import results, torch_peers
+from launch.bench.timing import Times, compile_seconds, contest
+
+CLIENTS, STEPS, CLIENT_BATCH, BATCH = 8, 4, 16, 64
+
+
+# --- workloads --------------------------------------------------------------------------------------------------------
+
+
+def method_of(architecture: spec.Architecture, dtype: Any = None) -> training.Method:
+    """SGD with momentum on a classification network, the step that every case times."""
+    module = models.Network(architecture, dtype=dtype)
+    tx = training.optimizer("sgd", 0.05, momentum=0.9)
+    return training.classification(*training.from_linen(module), tx, num_classes=10)
+
+
+def batch_of(architecture: spec.Architecture, *leading: int) -> dict[str, jax.Array]:
+    """Random images in 0..1 and labels."""
+    image_key, label_key = jax.random.split(jax.random.key(1))
+    return {
+        "image": jax.random.uniform(image_key, (*leading, *architecture.input_shape)),
+        "label": jax.random.randint(label_key, leading, 0, 10),
+    }
+
+
+def client_step(params, batch, impl: str | None = None):
+    """One plain SGD step of the CNN 3-16-32-64 on one client's batch; returns (params, loss)."""
+    convolve = partial(ops.conv_general_dilated, impl=impl)
+
+    def loss(params):
+        x = batch["image"]
+        for name in ("conv1", "conv2", "conv3"):
+            x = convolve(x, params[name], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            x = ops.max_pool(jax.nn.relu(x), (2, 2))
+        logits = x.reshape(x.shape[0], -1) @ params["head"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    return jax.tree.map(lambda p, g: p - 0.05 * g, params, gradient), value
+
+
+def client_params() -> dict[str, jax.Array]:
+    """Kaiming-normal parameters of the client CNN."""
+    shapes = {"conv1": (3, 3, 3, 16), "conv2": (3, 3, 16, 32), "conv3": (3, 3, 32, 64), "head": (1024, 10)}
+    init = jax.nn.initializers.he_normal()
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return {name: init(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+def client_rounds(impl: str | None):
+    """The literal round, vmap over clients of a scan over steps: (params, batches) -> (params, losses)."""
+
+    def clients(params, batches):
+        return jax.vmap(lambda mine: lax.scan(partial(client_step, impl=impl), params, mine))(batches)
+
+    return clients
+
+
+def unrolled_round(params, batches):
+    """The same round with every client and step written out, in stock convolutions."""
+    out = []
+    for client in range(CLIENTS):
+        mine, losses = params, []
+        for step in range(STEPS):
+            batch = jax.tree.map(lambda a, c=client, s=step: a[c, s], batches)
+            mine, value = client_step(mine, batch, "lax")
+            losses.append(value)
+        out.append((mine, jnp.stack(losses)))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *out)
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def scan_grad(pairs: int) -> Iterator[dict[str, Any]]:
+    """Two train steps of VGG-9 in a scan, beside two calls of one jitted step."""
+    architecture = models.vgg9()
+    method, batches = method_of(architecture), batch_of(architecture, 2, BATCH)
+    state = method.init(jax.random.key(0), jax.tree.map(lambda a: a[0], batches))
+    scan = jax.jit(lambda state, batches: lax.scan(method.step, state, batches))
+
+    def separate(step):
+        def run():
+            current = state
+            for index in range(2):
+                current, metrics = step(current, jax.tree.map(lambda a, i=index: a[i], batches))
+            return current, metrics
+
+        return run
+
+    with ops.conv_impl("lax"):
+        stock = jax.jit(lambda state, batch: method.step(state, batch)).lower(state, _first(batches)).compile()
+    ours = jax.jit(method.step)
+    times = contest(
+        {"scan": lambda: scan(state, batches), "ours": separate(ours), "stock": separate(stock)}, pairs=pairs
+    )
+    peer = times.fastest("ours", "stock")
+    yield _ratio(times, "scan_grad", "scan", peer, 1.05, f"two jitted steps ({peer} convolution)")
+
+
+def client_vmap(pairs: int) -> Iterator[dict[str, Any]]:
+    """A federated round as vmap(scan(step)), beside a Python loop over one jitted step."""
+    params, batches = client_params(), batch_of(models.cnn(), CLIENTS, STEPS, CLIENT_BATCH)
+    round_ = jax.jit(client_rounds(None))
+
+    def loop(step):
+        parts = [[jax.tree.map(lambda a, c=c, s=s: a[c, s], batches) for s in range(STEPS)] for c in range(CLIENTS)]
+
+        def run():
+            out = []
+            for client in parts:
+                mine = params
+                for batch in client:
+                    mine, _ = step(mine, batch)
+                out.append(mine)
+            return out
+
+        return run
+
+    contestants = {
+        "vmap": lambda: round_(params, batches),
+        "ours": loop(jax.jit(client_step)),
+        "stock": loop(jax.jit(partial(client_step, impl="lax"))),
+    }
+    times = contest(contestants, pairs=max(pairs, 15))
+    peer = times.fastest("ours", "stock")
+    yield _ratio(times, "client_vmap", "vmap", peer, 1.0, f"Python loop over one jitted step ({peer} convolution)")
+
+
+def client_vmap_stock(pairs: int) -> Iterator[dict[str, Any]]:
+    """The same round with the stock convolution, beside ours."""
+    params, batches = client_params(), batch_of(models.cnn(), CLIENTS, STEPS, CLIENT_BATCH)
+    ours, stock = jax.jit(client_rounds(None)), jax.jit(client_rounds("lax"))
+    contestants = {"ours": lambda: ours(params, batches), "stock": lambda: stock(params, batches)}
+    # One stock round takes about ten seconds; its ratio is far from the target.
+    times = contest(contestants, pairs=min(pairs, 3))
+    yield _ratio(times, "client_vmap_stock", "stock", "ours", 30, "our vmap(scan)", better="higher")
+
+
+def toplevel(pairs: int) -> Iterator[dict[str, Any]]:
+    """One VGG-9 train step outside any loop, our convolution beside the stock one."""
+    architecture = models.vgg9()
+    method, batch = method_of(architecture), batch_of(architecture, BATCH)
+    state = method.init(jax.random.key(0), batch)
+    ours = jax.jit(lambda state, batch: method.step(state, batch)).lower(state, batch).compile()
+    with ops.conv_impl("lax"):
+        stock = jax.jit(lambda state, batch: method.step(state, batch)).lower(state, batch).compile()
+    times = contest({"ours": lambda: ours(state, batch), "stock": lambda: stock(state, batch)}, pairs=pairs)
+    yield _ratio(times, "toplevel", "ours", "stock", 1.05, "stock convolution")
+
+
+def grouped(pairs: int) -> Iterator[dict[str, Any]]:
+    """A group-major layer (G = 10, 8x8x240, batch 32), forward and backward, beside the stock forms."""
+    groups, batch, size, channels = 10, 32, 8, 240
+    x = jax.random.normal(jax.random.key(0), (batch, size, size, channels))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, channels // groups, channels)) * 0.05
+    wide = jax.random.normal(jax.random.key(2), (3, 3, channels, channels)) * 0.05
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def trained(function):
+        @jax.jit
+        def both(x, kernel):
+            y, pullback = jax.vjp(function, x, kernel)
+            return y, pullback(y)
+
+        return both
+
+    ours = trained(ops.grouped_conv)
+    stock = trained(lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "SAME", None, None, numbers, groups))
+    dense = {impl: trained(partial(_plain_conv, impl=impl, numbers=numbers)) for impl in ("lax", "canonical")}
+    grouped_x, grouped_kernel = ops.group_major(x, groups), ops.group_major_kernel(kernel, groups)
+    contestants = {
+        "ours": lambda: ours(grouped_x, grouped_kernel),
+        "stock": lambda: stock(x, kernel),
+        "dense stock": lambda: dense["lax"](x, wide),
+        "dense ours": lambda: dense["canonical"](x, wide),
+    }
+    times = contest(contestants, pairs=pairs)
+    yield _ratio(times, "grouped.stock", "ours", "stock", 0.125, "feature_group_count")
+    peer = times.fastest("dense stock", "dense ours")
+    yield _ratio(times, "grouped.dense", "ours", peer, 0.6, f"dense convolution of equal width ({peer.split()[1]})")
+
+
+def compile_time(pairs: int) -> Iterator[dict[str, Any]]:
+    """Compile time of the vmapped round, beside the fully unrolled program."""
+    params, batches = client_params(), batch_of(models.cnn(), CLIENTS, STEPS, CLIENT_BATCH)
+    ours, unrolled = [], []
+    for _ in range(min(pairs, 5)):
+        ours.append(compile_seconds(client_rounds(None), params, batches)[1])
+        unrolled.append(compile_seconds(unrolled_round, params, batches)[1])
+    yield _ratio(
+        Times({"ours": ours, "unrolled": unrolled}, {}), "compile", "ours", "unrolled", 0.6, "unrolled program"
+    )
+
+
+def torch_step(pairs: int) -> Iterator[dict[str, Any]]:
+    """Our train step beside torch's in channels_last, equal threads; batch 64 on CPU, bf16 and batch 1024 on a GPU."""
+    on_gpu = jax.default_backend() == "gpu"
+    networks = {"vgg16": models.vgg("D")} if on_gpu else {"vgg9": models.vgg9()}
+    networks["resnet20"] = models.resnet(20)
+    size, dtype = (1024, jnp.bfloat16) if on_gpu else (BATCH, None)
+    for name, architecture in networks.items():
+        method, batch = method_of(architecture, dtype), batch_of(architecture, size)
+        state = method.init(jax.random.key(0), batch)
+        step = jax.jit(method.step)
+        peer = torch_peers.train_step(architecture, batch, bf16=on_gpu, compiled=on_gpu)
+        times = contest({"ours": lambda: step(state, batch), "torch": peer}, pairs=pairs, warmup=3)  # noqa: B023
+        target = 1.0 if on_gpu else None
+        form = "torch.compile, channels_last, bf16" if on_gpu else "torch CPU, channels_last, equal threads"
+        yield _ratio(times, f"torch_step.{name}", "ours", "torch", target, form)
+
+
+def import_time(pairs: int) -> Iterator[dict[str, Any]]:
+    """Seconds that `import jaxeff` adds to `import jax, flax`, each in a fresh interpreter."""
+    program = "import time, jax, flax; start = time.perf_counter(); import jaxeff; print(time.perf_counter() - start)"
+    took = []
+    for _ in range(pairs):
+        output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        took.append(float(output))
+    low, middle, high = statistics.quantiles(took, n=4, method="inclusive")
+    yield results.case(
+        "import", "seconds", middle, better="lower", target=0.3, spread=(low, high), n=pairs,
+        against="nothing: above `import jax, flax`",
+    )  # fmt: skip
+
+
+CASES: Mapping[str, Callable[[int], Iterator[dict[str, Any]]]] = {
+    "scan_grad": scan_grad,
+    "client_vmap": client_vmap,
+    "client_vmap_stock": client_vmap_stock,
+    "toplevel": toplevel,
+    "grouped": grouped,
+    "compile": compile_time,
+    "torch_step": torch_step,
+    "import": import_time,
+}
+ON_GPU = ("torch_step",)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the chosen cases and writes what they measured."""
+    parser = argparse.ArgumentParser(prog="python -m launch.bench.ops", description=__doc__.split("\n")[0])
+    parser.add_argument("--case", action="append", choices=sorted(CASES), help="run only this case (repeatable)")
+    parser.add_argument("--pairs", type=int, default=9, help="interleaved rounds that count (default 9)")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="which cases to run (default cpu)")
+    parser.add_argument("--json", help="write the results file")
+    options = parser.parse_args(argv)
+    if jax.default_backend() != options.device:
+        raise SystemExit(f"--device {options.device}, but the backend of JAX is {jax.default_backend()}")
+    wanted = options.case or (list(CASES) if options.device == "cpu" else list(ON_GPU))
+    measured = []
+    for name in wanted:
+        try:
+            for item in CASES[name](options.pairs):
+                measured.append(item)
+                print(json.dumps({**item, "device": results.device()}), flush=True)
+        except ImportError as error:
+            print(f"skipped {name}: {error}", file=sys.stderr)
+    if options.json and measured:
+        results.write(options.json, measured, _command(options))
+
+
+def _ratio(times: Times, name, ours, theirs, target, against, better="lower") -> dict[str, Any]:
+    ratio = times.ratio(ours, theirs)
+    return results.case(
+        name, "time ratio", ratio.value, better=better, target=target, spread=(ratio.low, ratio.high), n=ratio.n,
+        against=against,
+    )  # fmt: skip
+
+
+def _plain_conv(x, kernel, impl, numbers):
+    return ops.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers, impl=impl)
+
+
+def _first(batches):
+    return jax.tree.map(lambda a: a[0], batches)
+
+
+def _command(options) -> str:
+    return "make gpu" if options.device == "gpu" else "make bench"
+
+
+if __name__ == "__main__":
+    main()

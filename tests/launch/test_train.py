@@ -1,0 +1,176 @@
+"""The training job, through its command line as a user starts it and through its function."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import quickstart
+from jaxeff import data, training
+from launch import classifier, train
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "launch.train"]
+
+
+def tiny(**changes) -> ConfigDict:
+    config = quickstart.get_config("smoke")
+    config.train_split, config.test_split = "train[:64]", "test[:40]"
+    config.batch_size, config.epochs, config.eval_batch_size, config.latency_batch = 16, 2, 16, 4
+    for section in config.networks.values():
+        section.options.widths = (2, 3, 4)
+    config.optimizer.schedule.warmup = 2
+    for name, value in changes.items():
+        config[name] = value
+    return config
+
+
+def command(workdir, *flags, config="configs/quickstart.py:smoke", **options):
+    arguments = [*COMMAND, f"--config={config}", f"--workdir={workdir}", *flags]
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train.run(tiny().lock(), str(workdir))
+
+
+def test_a_run_leaves_everything_that_it_promises(finished):
+    workdir, summary = finished
+    assert json.loads((workdir / "config.json").read_text())["config"]["batch_size"] == 16
+    assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    for name in ("first_order", "quadratic"):
+        rows = training.read_metrics(workdir / name / "seed0" / "metrics.jsonl")
+        assert rows[-1]["step"] == summary["steps"] == 8
+        assert (workdir / name / "seed0" / "checkpoints").is_dir()
+    for figure in ("curves.png", "comparison.png"):
+        assert (workdir / "figures" / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_comparison_counts_parameters_and_macs_of_each_network(finished):
+    _, summary = finished
+    first, quadratic = summary["networks"]
+    # Three 3x3 convolutions without bias 1-2-3-4, each with a batch norm, and a dense layer 4-10.
+    assert first["params"] == 9 * (2 + 6 + 12) + 2 * (2 + 3 + 4) + 50
+    assert first["macs"] == 64 * 9 * 2 + 16 * 9 * 6 + 4 * 9 * 12 + 40
+    # Three kernels, each with a norm of its own, in the place of one kernel.
+    assert quadratic["params"] == 3 * (9 * 20 + 2 * 9) + 2 * 9 + 50
+    assert quadratic["macs"] == 3 * (first["macs"] - 40) + 40
+    assert quadratic["memory_bytes"] > first["memory_bytes"] > 0
+    assert all(0 <= row["accuracy"] <= 1 and row["latency_ms"] > 0 for row in (first, quadratic))
+
+
+def test_a_finished_run_started_again_gives_the_same_summary(finished):
+    workdir, summary = finished
+    again = train.run(tiny().lock(), str(workdir))
+    for old, new in zip(summary["networks"], again["networks"], strict=True):
+        assert {**old, "latency_ms": 0, "train_seconds": 0} == {**new, "latency_ms": 0, "train_seconds": 0}
+
+
+def test_the_work_directory_of_another_config_is_refused_and_left_alone(finished):
+    workdir, _ = finished
+    before = sorted(path for path in workdir.rglob("*"))
+    with pytest.raises(training.ForeignWorkdir, match=r"batch_size.*overwrite"):
+        train.run(tiny(batch_size=32).lock(), str(workdir))
+    assert sorted(path for path in workdir.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.networks.quadratic.update(kind="t9"), "unknown kind 't9'; known: first_order, t2"),
+        (lambda c: c.networks.quadratic.update(model="vgg99"), "unknown model 'vgg99'; known: cnn"),
+        (lambda c: c.update(dataset="digit"), "digits"),
+        (lambda c: c.optimizer.update(name="sgdd"), "sgd"),
+        (lambda c: c.optimizer.schedule.update(base=-1.0), "base"),
+        (lambda c: c.optimizer.schedule.update(base=float("nan")), "base"),
+        (lambda c: c.augment.update({"rotate": 3}), "unknown field rotate; valid fields: crop, flip"),
+        (lambda c: c.update(dtype="float8"), "float32, bfloat16"),
+        (lambda c: c.update(batch_size=1000), "1000"),
+    ],
+    ids=["kind", "model", "data set", "optimizer", "negative rate", "nan rate", "augment", "dtype", "batch"],
+)
+def test_bad_configs_fail_before_anything_is_written(tmp_path, change, message):
+    config = tiny()
+    with config.unlocked():
+        change(config)
+    with pytest.raises((ValueError, TypeError), match=message):
+        train.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_unknown_field_on_the_command_line_lists_the_valid_ones(tmp_path):
+    result = command(tmp_path, "--config.bach_size=3")
+    assert result.returncode != 0
+    assert "bach_size" in result.stderr and "batch_size" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_ends_in_the_same_parameters(tmp_path):
+    options = ["--config.networks.first_order.options.widths=(2, 3, 4)", "--config.seeds=(0,)"]
+    whole = command(tmp_path / "whole", *options)
+    assert whole.returncode == 0, whole.stderr
+    arguments = [*COMMAND, "--config=configs/quickstart.py:smoke", f"--workdir={tmp_path / 'cut'}", *options]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "cut" / "first_order" / "seed0" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) in (0, 128 + signal.SIGTERM)
+    resumed = command(tmp_path / "cut", *options)
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("first_order", "quadratic"):
+        one, other = (_final_params(tmp_path / run / name / "seed0") for run in ("whole", "cut"))
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def _final_params(run: pathlib.Path):
+    import orbax.checkpoint as ocp
+
+    step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        state = checkpointer.restore((run / "checkpoints" / str(step) / "state").absolute())
+    return state["params"]
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist_vgg", "cifar10_qvgg7", "cifar10_resnet"])
+@pytest.mark.data
+@pytest.mark.slow
+def test_every_experiment_has_a_smoke_form_that_runs(tmp_path, name):
+    result = command(tmp_path / name, config=f"configs/quadratic/{name}.py:smoke", env=dict(os.environ))
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / name / "summary.json").read_text())["networks"]
+
+
+def test_networks_can_compute_in_bfloat16():
+    digits = data.load("digits", "train[:16]")
+    section = quickstart.get_config("smoke").networks.quadratic
+    module = classifier.network(section, digits, "bfloat16")
+    images = jax.numpy.zeros((2, 8, 8, 1))
+    shapes = jax.eval_shape(lambda: module.init_with_output(jax.random.key(0), images))
+    assert shapes[0].dtype == np.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes[1]["params"])} == {np.dtype(np.float32)}
+
+
+def test_augmentations_switch_on_one_by_one():
+    images = jax.random.uniform(jax.random.key(0), (4, 8, 8, 1))
+    targets = jax.nn.one_hot(np.arange(4), 10)
+    assert classifier.augmentation({"crop": 0, "flip": False}) is None
+    for section in ({"crop": 2}, {"flip": True}, {"cutout": 3}, {"mixup": 0.4}):
+        new_images, new_targets = classifier.augmentation(section)(jax.random.key(1), images, targets)
+        assert new_images.shape == images.shape and not np.allclose(new_images, images)
+        assert np.allclose(new_targets, targets) != ("mixup" in section)
+        np.testing.assert_allclose(np.sum(new_targets, axis=1), 1, rtol=1e-6)

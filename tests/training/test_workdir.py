@@ -1,0 +1,104 @@
+import json
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from jaxeff.training import ForeignWorkdir, prepare_workdir
+from jaxeff.training.workdir import config_differences, plain_config
+
+CONFIG = {"seed": 0, "optimizer": {"name": "sgd", "rate": 0.1}, "widths": (8, 16)}
+
+
+def test_the_config_file_says_what_ran_where(tmp_path):
+    path, plain = prepare_workdir(tmp_path / "new" / "run", CONFIG)
+    written = json.loads((path / "config.json").read_text())
+    assert written["config"] == plain == {**CONFIG, "widths": [8, 16]}
+    assert written["jax"] == jax.__version__
+    assert "cpu" in written["device"]
+    assert "git_revision" in written
+
+
+def test_the_git_revision_is_that_of_the_current_repository(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    monkeypatch.chdir(tmp_path)
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    path, _ = prepare_workdir(tmp_path / "run")
+    assert json.loads((path / "config.json").read_text())["git_revision"] == head
+
+
+def test_the_same_config_may_come_back_and_leaves_the_file_alone(tmp_path):
+    prepare_workdir(tmp_path, CONFIG)
+    before = (tmp_path / "config.json").read_text()
+    prepare_workdir(tmp_path, json.loads(json.dumps(CONFIG)))
+    assert (tmp_path / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"seed": False}, "seed: 0 there, False here"),
+        ({"optimizer": {"name": "sgd"}}, "optimizer.rate: 0.1 there, not set here"),
+        ({"extra": None}, "extra: not set there, None here"),
+        ({"widths": (8, 32)}, r"widths: \[8, 16\] there, \[8, 32\] here"),
+    ],
+)
+def test_another_config_is_refused_and_the_fields_listed(tmp_path, change, message):
+    prepare_workdir(tmp_path, CONFIG)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ForeignWorkdir, match=message):
+        prepare_workdir(tmp_path, {**CONFIG, **change})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_overwriting_clears_what_runs_write_and_nothing_else(tmp_path):
+    prepare_workdir(tmp_path, CONFIG)
+    for name in (
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints/10/data",
+        "tensorboard/events",
+        "notes.md",
+        "data/x.npz",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    prepare_workdir(tmp_path, {"seed": 5}, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "data", "notes.md"]
+
+
+def test_a_run_without_its_config_file_is_not_taken_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ForeignWorkdir, match="holds a run whose config.json is missing"):
+        prepare_workdir(tmp_path, CONFIG)
+
+
+def test_a_config_file_that_is_something_else_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[1, 2]")
+    with pytest.raises(ForeignWorkdir, match="is not a config written by a run"):
+        prepare_workdir(tmp_path, CONFIG)
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ForeignWorkdir, match="is a file, expected a directory"):
+        prepare_workdir(tmp_path / "run", CONFIG, overwrite=True)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_configs_of_any_kind_become_plain_values():
+    ml_collections = pytest.importorskip("ml_collections")
+    expected = {"rate": 0.5, "sizes": [1, 2], "dtype": "float32", "inner": {"1": True}}
+    values = {"rate": np.float64(0.5), "sizes": (1, np.int64(2)), "dtype": np.dtype("float32"), "inner": {1: True}}
+    assert plain_config(values) == expected
+    frozen = ml_collections.FrozenConfigDict({"rate": 0.5, "inner": {"a": (1, 2)}})
+    assert plain_config(frozen) == {"rate": 0.5, "inner": {"a": [1, 2]}}
+    assert plain_config(None) == {}
+
+
+def test_not_a_number_does_not_differ_from_itself():
+    assert config_differences({"x": float("nan")}, {"x": float("nan")}) == []
