@@ -121,11 +121,14 @@ def _depthwise_weight(window: Window, k_shape, x: jax.Array, g: jax.Array) -> ja
 
 def _dense_weight_by_shifts(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
     contract = tuple(range(x.ndim - 1))
-    products = [
-        lax.dot_general(view, g, ((contract, contract), ((), ())), precision=window.precision)
-        for _, view in _shifted_views(window, k_shape, x)
-    ]
-    return jnp.stack(products).reshape(k_shape)
+    views = [view for _, view in _shifted_views(window, k_shape, x)]
+    # XLA transposes the left operand of these products and vectorises over the channels of the right one: the gradient
+    # on the left is transposed once for all taps, which pays as long as the input has no fewer channels.
+    gradient_left = k_shape[-2] >= k_shape[-1]
+    pairs = [(g, view) if gradient_left else (view, g) for view in views]
+    dims = ((contract, contract), ((), ()))
+    stacked = jnp.stack([lax.dot_general(a, b, dims, precision=window.precision) for a, b in pairs])
+    return (jnp.swapaxes(stacked, 1, 2) if gradient_left else stacked).reshape(k_shape)
 
 
 def _grouped_weight_by_shifts(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
