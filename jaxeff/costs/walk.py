@@ -163,7 +163,10 @@ class _Flattener:
             outputs = self.inline(inner[0], inputs, scope, trips * devices)
             return [self.value(var.aval, sources=[out]) for var, out in zip(equation.outvars, outputs, strict=True)]
         if len(inner) == 1 and _is_call(inner[0], equation):
-            return self.inline(inner[0], inputs, scope, trips)
+            outputs = self.inline(inner[0], inputs, scope, trips)
+            if (extra := macs.call_macs(equation)) and outputs[0].producer is not None:
+                outputs[0].producer.macs += extra
+            return outputs
         return self.opaque(equation, inner, inputs, scope, trips)
 
     def opaque(self, equation: Any, inner: list[Any], inputs: list[Value], scope: Scope, trips: int) -> Sequence[Value]:
