@@ -14,10 +14,10 @@ run: $(STAMP)
 	$(BIN)/python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist=loadfile
+	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist=loadfile -m "not slow and not multidevice and not notebooks"
+	$(BIN)/python -m pytest -n 2 --dist=worksteal -m "not slow and not multidevice and not notebooks"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -33,13 +33,14 @@ results: $(STAMP)
 	$(BIN)/python -m launch.bench.results
 
 notebooks: $(STAMP)
-	$(BIN)/jupytext --to ipynb --update notebooks/*.py
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 --override-ini="addopts=" notebooks
+	$(BIN)/python -m launch.address
+	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
+	$(BIN)/python -m pytest tests/notebooks
 
 # No installation: the Python on the PATH, and nothing that it lacks.
 gpu:
-	$(PYTHON) -m pytest -m gpu -q -p no:cacheprovider tests
-	$(PYTHON) -m launch.bench.ops --device gpu --json $(RESULTS)/ops_gpu.json
+	JAX_PLATFORMS=cuda,cpu $(PYTHON) -m pytest -m gpu -q -p no:cacheprovider $(wildcard tests/*/test_gpu.py)
+	JAX_PLATFORMS=cuda,cpu $(PYTHON) -m launch.bench.ops --device gpu --json $(RESULTS)/ops_gpu.json
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """What every job shares: its flags, a readable end for every expected error, latencies and tables."""
 
-import json
+import runpy
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -55,11 +55,6 @@ def main(run: Callable[..., Any], description: str) -> None:
     app.run(start, flags_parser=parse)
 
 
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as plain dictionaries, lists and numbers."""
-    return json.loads(config.to_json_best_effort()) if hasattr(config, "to_json_best_effort") else dict(config)
-
-
 def latencies(
     networks: Mapping[str, tuple[nn.Module, training.TrainState]], shape: tuple[int, ...], batch: int
 ) -> dict[str, float]:
@@ -93,15 +88,12 @@ def show(table: Any) -> None:
 
 
 def _fields_of(argv: list[str]) -> str:
-    """The fields of the config that the command line names, for the error about one it does not have."""
-    from ml_collections import config_flags
-
+    """The fields of the config that the command line names, for the error about one that it does not have."""
     for index, argument in enumerate(argv):
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config":
-            path = value or argv[index + 1]
-            parser = config_flags.config_flags._ConfigFileParser("config")
-            config = parser.parse(path)
+            path, _, option = (value or argv[index + 1]).partition(":")
+            config = runpy.run_path(path)["get_config"](*([option] if option else []))
             return "valid fields: " + ", ".join(sorted(_flat(config)))
     return ""
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxeff import data, parallel, training
+from jaxeff.training.workdir import plain_config
 from launch import classifier, job
 
 
@@ -53,7 +54,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
                 log_every=config["log_every"],
                 checkpoint_every=config["checkpoint_every"] or max(1, steps // 4),
                 keep=config["keep"],
-                config={**job.plain(config), "network": name, "seed": seed},
+                config={**plain_config(config), "network": name, "seed": seed},
                 overwrite=overwrite,
                 tensorboard=config["tensorboard"],
                 **placement,

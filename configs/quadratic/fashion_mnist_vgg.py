@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """`:smoke` finishes in seconds on 512 images."""
     config = base("fashion_mnist")
     config.batch_size = 128
-    config.epochs = 8
+    config.epochs = 5
     if arg == "smoke":
         config.train_split, config.test_split, config.epochs = "train[:512]", "test[:512]", 1
     config.networks.first_order = network("vgg", plan=FIRST_ORDER)

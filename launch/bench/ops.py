@@ -251,8 +251,21 @@ def torch_step(pairs: int) -> Iterator[dict[str, Any]]:
         yield _ratio(times, f"torch_step.{name}", "ours", "torch", target, form)
 
 
+def ceilings(pairs: int) -> Iterator[dict[str, Any]]:
+    """What the device can do at most, to read the other numbers by: copy bandwidth and bf16 matrix products."""
+    words, side = 2**28, 8192
+    source = jax.random.normal(jax.random.key(0), (words,))
+    square = jax.random.normal(jax.random.key(1), (side, side), jnp.bfloat16)
+    copy, matmul = jax.jit(lambda x: x + 1), jax.jit(lambda x: x @ x)
+    times = contest({"copy": lambda: copy(source), "matmul": lambda: matmul(square)}, pairs=pairs, warmup=3)
+    for name, metric, work in (("copy", "GB/s", 8e-9 * words), ("matmul", "TFLOP/s", 2e-12 * side**3)):
+        rates = [work / second for second in times.wall[name]]
+        low, middle, high = statistics.quantiles(rates, n=4, method="inclusive")
+        yield results.case(f"ceiling.{name}", metric, middle, better="higher", spread=(low, high), n=pairs)
+
+
 def import_time(pairs: int) -> Iterator[dict[str, Any]]:
-    """Seconds that importing jaxeff, and then all its rooms, adds to `import jax, flax`, each in a fresh interpreter."""
+    """Seconds that `import jaxeff`, and then every room, adds to `import jax, flax`, in fresh interpreters."""
     rooms = "; import jaxeff.costs, jaxeff.data, jaxeff.models, jaxeff.parallel, jaxeff.quadratic, jaxeff.training"
     for name, target, more in (("import", 0.3, ""), ("import.every_room", None, rooms)):
         program = (
@@ -278,9 +291,10 @@ CASES: Mapping[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "grouped": grouped,
     "compile": compile_time,
     "torch_step": torch_step,
+    "ceilings": ceilings,
     "import": import_time,
 }
-ON_GPU = ("torch_step",)
+ON_GPU = ("ceilings", "torch_step")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -293,7 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if jax.default_backend() != options.device:
         raise SystemExit(f"--device {options.device}, but the backend of JAX is {jax.default_backend()}")
-    wanted = options.case or (list(CASES) if options.device == "cpu" else list(ON_GPU))
+    on_cpu = [name for name in CASES if name != "ceilings"]
+    wanted = options.case or (on_cpu if options.device == "cpu" else list(ON_GPU))
     measured = []
     for name in wanted:
         try:

@@ -1,24 +1,30 @@
-"""Results of record: the JSON file of a room, and the README table that is made from all of them.
+"""Results of record: the JSON file of a room, those of experiments, and the README tables made from them.
 
-    python -m launch.bench.results          writes the table between the markers in README.md
+    python -m launch.bench.results                                writes the tables between the markers in README.md
+    python -m launch.bench.results --record runs/quickstart NAME  first keeps a finished run of launch.train as NAME
 
 A file holds {"device", "versions", "date", "command", "cases"}; a case holds {"case", "metric", "value", "better",
 "target", "spread", "n", "against"}. Ratios and rates are plain numbers, percentages are fractions.
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
+from jaxeff.training import comparison_markdown
+
 FOLDER = pathlib.Path(__file__).parent / "results"
 README = pathlib.Path(__file__).parents[2] / "README.md"
+EXPERIMENTS = FOLDER / "experiments"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 
@@ -134,18 +140,54 @@ def table(folder: pathlib.Path = FOLDER) -> str:
     return "\n\n".join(blocks)
 
 
-def update_readme(readme: pathlib.Path = README, folder: pathlib.Path = FOLDER) -> None:
-    """Replaces what stands between the markers of the README by the table.
+def record(workdir: str | os.PathLike[str], name: str, folder: pathlib.Path = EXPERIMENTS) -> None:
+    """Keeps the summary and the comparison figure of a finished run of `launch.train` as results of record.
 
     Raises:
-      ValueError: if the markers are missing.
+      FileNotFoundError: if the run has no summary yet.
+    """
+    run = pathlib.Path(workdir)
+    summary = json.loads((run / "summary.json").read_text())
+    config = json.loads((run / "config.json").read_text())["config"]
+    entry = {"device": device(), "versions": versions(), "date": datetime.date.today().isoformat(), **summary}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({**entry, "config": config}, indent=2) + "\n")
+    shutil.copyfile(run / "figures" / "comparison.png", folder / f"{name}.png")
+
+
+def experiment_table(path: pathlib.Path) -> str:
+    """The Markdown table of a recorded experiment, with what it ran on."""
+    entry = json.loads(path.read_text())
+    data, seeds = entry["dataset"], entry["seeds"]
+    rows = comparison_markdown(entry["networks"])
+    return (
+        f"{rows}\n\n{data['name']}: {data['train']:,} training and {data['test']:,} test images, "
+        f"{entry['steps']:,} steps, "
+        f"{'seed' if len(seeds) == 1 else 'mean over seeds'} {', '.join(map(str, seeds))}; latency of "
+        f"{entry['latency_batch']} images on {entry['device']}, {entry['date']}."
+    )
+
+
+def update_readme(readme: pathlib.Path = README, folder: pathlib.Path = FOLDER) -> None:
+    """Replaces what stands between the markers of the README by the tables; experiments only where it has markers.
+
+    Raises:
+      ValueError: if the markers of the results table are missing.
     """
     text = readme.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"{readme.name} needs the lines {BEGIN} and {END}; the table goes between them")
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
-    readme.write_text(f"{before}{BEGIN}\n{table(folder)}\n{END}{after}")
+    text = _between(text, BEGIN, END, table(folder))
+    for path in sorted((folder / EXPERIMENTS.name).glob("*.json")):
+        begin, end = f"<!-- {path.stem}: begin -->", f"<!-- {path.stem}: end -->"
+        if begin in text and end in text:
+            text = _between(text, begin, end, experiment_table(path))
+    readme.write_text(text)
+
+
+def _between(text: str, begin: str, end: str, content: str) -> str:
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
 def _rounded(value: float) -> float:
@@ -162,4 +204,9 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m launch.bench.results", description="Writes the README's tables.")
+    parser.add_argument("--record", nargs=2, metavar=("WORKDIR", "NAME"), help="first keep this run as NAME")
+    options = parser.parse_args()
+    if options.record:
+        record(*options.record)
     update_readme()

@@ -94,3 +94,21 @@ def test_the_workloads_of_the_ops_benchmark_agree_with_each_other():
             np.testing.assert_allclose(losses[client, step], loss, rtol=1e-4)
         for name, value in mine.items():
             np.testing.assert_allclose(ours[name][client], value, atol=1e-4)
+
+
+def test_a_recorded_run_becomes_a_table_of_the_readme(tmp_path):
+    run, folder = tmp_path / "run", tmp_path / "results"
+    (run / "figures").mkdir(parents=True)
+    (run / "figures" / "comparison.png").write_bytes(b"png")
+    (run / "config.json").write_text(json.dumps({"config": {"epochs": 2}}))
+    network = {"name": "first order", "accuracy": 0.5, "params": 1234}
+    summary = {"dataset": {"name": "digits", "train": 10, "test": 5}, "steps": 7, "seeds": [0, 1], "latency_batch": 4}
+    (run / "summary.json").write_text(json.dumps({**summary, "networks": [network]}))
+    results.record(run, "mine", folder / "experiments")
+    assert (folder / "experiments" / "mine.png").read_bytes() == b"png"
+    assert json.loads((folder / "experiments" / "mine.json").read_text())["config"] == {"epochs": 2}
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{results.BEGIN}{results.END}\n<!-- mine: begin --><!-- mine: end -->\nafter")
+    results.update_readme(readme, folder)
+    text = readme.read_text()
+    assert "| first order | 50.00 % | 1,234 |" in text and "mean over seeds 0, 1" in text and text.endswith("after")
