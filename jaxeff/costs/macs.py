@@ -1,6 +1,7 @@
 """Multiply-accumulates of one equation: convolutions and matrix products, counted from shapes alone."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ UNCOUNTED = frozenset(
 )
 
 
+_DEPTHWISE = re.compile(r"depthwise_(?P<what>convolution|weight_gradient)_(?P<rank>\d)d")
+
+
 def call_macs(equation: Any) -> int:
     """Counts the multiply-accumulates of a call that stands for one operation written element by element.
 
     Depthwise convolutions are faster on CPU as one multiply-add per kernel tap; `jaxeff.ops` puts them into calls named
-    "depthwise_convolution" (x, kernel) and "depthwise_weight_gradient" (x, output gradient). Taps that fall into
-    padding are counted under both conventions.
+    "depthwise_convolution_2d" (x, kernel) and "depthwise_weight_gradient_2d" (x, output gradient), with the number of
+    spatial axes at the end. Taps that fall into padding are counted under both conventions.
 
     Args:
       equation: a jaxpr equation of any primitive.
@@ -27,12 +31,14 @@ def call_macs(equation: Any) -> int:
     Returns:
       A number of multiply-accumulates; 0 for every other call.
     """
-    name = equation.params.get("name")
-    if name not in ("depthwise_convolution", "depthwise_weight_gradient"):
+    match = _DEPTHWISE.fullmatch(str(equation.params.get("name")))
+    if match is None:
         return 0
     second, result = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
-    kernel, map_ = (second, result) if name == "depthwise_convolution" else (result, second)
-    return math.prod(map_) * math.prod(kernel[:-2])
+    kernel, outputs = (second, result) if match["what"] == "convolution" else (result, second)
+    # Kernels are [..., *taps, 1, O] and outputs [..., N, *space, O]; axes that vmap put in front may be on one or both.
+    rank = int(match["rank"]) + 2
+    return math.prod(result[:-rank]) * math.prod(kernel[-rank:-2]) * math.prod(outputs[-rank:])
 
 
 def equation_macs(equation: Any, convention: str) -> int:

@@ -58,6 +58,10 @@ def conv_general_dilated(
 
     Pass it to stock Flax layers: `nn.Conv(..., conv_general_dilated=jaxeff.ops.conv_general_dilated)` (Linen and NNX).
 
+    Made for kernels that differ along a mapped axis (clients) and for batches as an axis of the input. Where `vmap`
+    maps over single examples that share one kernel, its gradient is computed for each before JAX adds them up:
+    correct, but impl="lax" is faster there.
+
     Args:
       lhs: input of rank n+2, laid out as `dimension_numbers` says (lax's default is NCHW; Flax passes NHWC).
       rhs: kernel of rank n+2, same dtype.
@@ -147,7 +151,7 @@ def conv_impl(impl: Impl, *, unroll: int | None = None) -> Iterator[None]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
-    return _forward(window)(x, k)
+    return _forward(window, k.shape)(x, k)
 
 
 def _conv_fwd(window, x, k):
@@ -205,7 +209,8 @@ def _mappable(compute, calls, merge=None):
     Args:
       compute: function (a, b) -> array of the unmapped operands.
       calls: how many convolutions or products one call of `compute` writes; written out for every member of the mapped
-        axis they cost compile time, so past the limit the axis becomes a loop.
+        axis they cost compile time, so past the limit the axis becomes a loop. 0 for element-wise work, which JAX maps
+        as well as anyone.
       merge: optional function (a, b) for a mapped and b shared, which folds the mapped axis into the batch.
     """
 
@@ -218,6 +223,8 @@ def _mappable(compute, calls, merge=None):
         a_mapped, b_mapped = in_batched
         if merge is not None and a_mapped and not b_mapped:
             return merge(op, a, b), True
+        if calls == 0:
+            return jax.vmap(compute, tuple(0 if is_mapped else None for is_mapped in in_batched))(a, b), True
         if axis_size and axis_size * calls <= _UNROLL.get():
             parts = [op(a[i] if a_mapped else a, b[i] if b_mapped else b) for i in range(axis_size)]
             return jnp.stack(parts), True
@@ -232,16 +239,16 @@ def _mappable(compute, calls, merge=None):
     return op
 
 
-def _forward(window: Window):
+def _forward(window: Window, k_shape: tuple[int, ...]):
     def merge(op, x, k):
         y = op(x.reshape(-1, *x.shape[2:]), k)
         return y.reshape(*x.shape[:2], *y.shape[1:])
 
-    return _mappable(partial(lowering.convolve, window), lowering.separate_groups(window), merge)
+    return _mappable(partial(lowering.convolve, window), lowering.separate_calls(window, k_shape), merge)
 
 
 def _weight(window: Window, k_shape: tuple[int, ...]):
-    calls = lowering.separate_groups(window) * math.prod(k_shape[:-2])
+    calls = lowering.separate_calls(window, k_shape) * math.prod(k_shape[:-2])
     return _mappable(partial(lowering.weight_gradient, window, k_shape), calls)
 
 

@@ -43,7 +43,7 @@ def convolve(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
     groups = window.groups
     if groups == 1:
         return _direct(window, x, k)
-    if groups == x.shape[-1] and math.prod(k.shape[:-2]) <= MAX_TAPS:
+    if _is_depthwise(window, k.shape):
         return _depthwise(window, x, k)
     if groups <= MAX_SEPARATE_GROUPS:
         one = window._replace(groups=1)
@@ -59,7 +59,7 @@ def weight_gradient(window: Window, k_shape: tuple[int, ...], x: jax.Array, g: j
         if taps <= MAX_TAPS:
             return _dense_weight_by_shifts(window, k_shape, x, g)
         return _dense_weight_by_convolution(window, k_shape, x, g)
-    if groups == x.shape[-1] and taps <= MAX_TAPS:
+    if _is_depthwise(window, k_shape):
         return _depthwise_weight(window, k_shape, x, g)
     if groups <= MAX_SEPARATE_GROUPS:
         one, shape = window._replace(groups=1), (*k_shape[:-1], k_shape[-1] // groups)
@@ -73,9 +73,15 @@ def dilated(size: int, dilation: int) -> int:
     return (size - 1) * dilation + 1 if size else 0
 
 
-def separate_groups(window: Window) -> int:
-    """How many groups are computed one by one: 1 where all are computed together."""
+def separate_calls(window: Window, k_shape: tuple[int, ...]) -> int:
+    """How many convolutions `convolve` writes: 0 if element-wise, one a group if groups are apart, else 1."""
+    if _is_depthwise(window, k_shape):
+        return 0
     return window.groups if window.groups <= MAX_SEPARATE_GROUPS else 1
+
+
+def _is_depthwise(window: Window, k_shape: tuple[int, ...]) -> bool:
+    return window.groups > 1 and k_shape[-2] == 1 and math.prod(k_shape[:-2]) <= MAX_TAPS
 
 
 def _direct(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
@@ -103,30 +109,33 @@ def _depthwise(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
     multiplier = k.shape[-1] // x.shape[-1]
     accumulator = _accumulator(x, window)
 
-    # Named calls: `jaxeff.costs` counts their multiply-accumulates, which are element-wise arithmetic to everyone else.
-    @jax.jit
-    def depthwise_convolution(x, k):
+    def convolution(x, k):
         # Output feature o reads channel o // multiplier.
         views = _shifted_views(window, k.shape, jnp.repeat(x, multiplier, axis=-1) if multiplier > 1 else x)
         y = sum(view.astype(accumulator) * k[tap][0].astype(accumulator) for tap, view in views)
         return y.astype(window.out_dtype or x.dtype)
 
-    return depthwise_convolution(x, k)
+    return _named(f"depthwise_convolution_{x.ndim - 2}d", convolution)(x, k)
 
 
 def _depthwise_weight(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
     multiplier = k_shape[-1] // x.shape[-1]
     accumulator = _accumulator(x, window)
 
-    @jax.jit
-    def depthwise_weight_gradient(x, g):
+    def gradient(x, g):
         wide = g.astype(accumulator)
         views = _shifted_views(window, k_shape, jnp.repeat(x, multiplier, axis=-1) if multiplier > 1 else x)
         axes = tuple(range(x.ndim - 1))
         rows = [jnp.sum(view.astype(accumulator) * wide, axis=axes) for _, view in views]
         return jnp.stack(rows).reshape(k_shape).astype(x.dtype)
 
-    return depthwise_weight_gradient(x, g)
+    return _named(f"depthwise_weight_gradient_{x.ndim - 2}d", gradient)(x, g)
+
+
+def _named(name: str, function):
+    """A call under a name by which `jaxeff.costs` counts the multiply-accumulates of what is element-wise to others."""
+    function.__name__ = name
+    return jax.jit(function)
 
 
 def _dense_weight_by_shifts(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:

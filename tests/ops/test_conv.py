@@ -476,3 +476,19 @@ def test_canonical_refuses_what_only_lax_does():
         canonical(X.astype(np.int32), K.astype(np.int32), (1, 1), "SAME")
     with pytest.raises(ValueError, match="batch_group_count=2.*Use impl='lax'"):
         canonical(X, K, (1, 1), "SAME", batch_group_count=2)
+
+
+def test_a_depthwise_convolution_is_mapped_without_loops_or_copies_of_the_program():
+    x = jax.random.normal(jax.random.key(0), (40, 2, 5, 5, 3))
+    kernel = jax.random.normal(jax.random.key(1), (40, 3, 3, 1, 3))
+
+    def loss(x, kernel):
+        return jnp.sum(jnp.sin(canonical(x, kernel, (1, 1), "SAME", feature_group_count=3)))
+
+    mapped = jax.vmap(jax.grad(loss, (0, 1)))
+    program = str(jax.make_jaxpr(mapped)(x, kernel))
+    assert "scan[" not in program and "conv_general_dilated" not in program and program.count("reduce_sum") < 40
+    found = mapped(x, kernel)
+    for index in (0, 39):
+        for got, expected in zip(found, jax.grad(loss, (0, 1))(x[index], kernel[index]), strict=True):
+            np.testing.assert_allclose(got[index], expected, rtol=1e-5, atol=1e-5)
