@@ -20,6 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.name = "adamw"
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0
-    config.optimizer.schedule = ConfigDict({"name": "cosine", "base": 3e-3, "warmup": 50})
+    config.optimizer.schedule = ConfigDict({"name": "cosine", "base": 3e-3})
+    config.optimizer.schedule.warmup = 5 if arg == "smoke" else 50
     config.augment.crop = 1
     return config

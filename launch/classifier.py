@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from configs.classification import base
 from jaxeff import costs, data, models, quadratic, spec, training
 
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
@@ -85,6 +86,43 @@ def augmentation(section: Mapping[str, Any]) -> Callable[..., Any] | None:
         return images, targets
 
     return augment
+
+
+def check_config(config: Mapping[str, Any], devices: int) -> None:
+    """Finds what is wrong with a config before a run writes anything.
+
+    Raises:
+      ValueError: for unknown or missing fields, listing the valid ones; counts out of range; no networks or seeds; a
+        batch that does not divide by the devices.
+    """
+    valid = tuple(base("digits"))
+    check_fields("config", config, valid)
+    if missing := sorted(set(valid) - set(config)):
+        raise ValueError(f"config: missing field {', '.join(missing)}; start from configs.classification.base")
+    for name in ("batch_size", "eval_batch_size", "latency_batch", "log_every", "keep"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}")
+    for name in ("epochs", "steps", "eval_every", "checkpoint_every"):
+        if config[name] < 0:
+            raise ValueError(f"{name} must not be negative (0 is its default), got {config[name]}")
+    if not config["epochs"] and not config["steps"]:
+        raise ValueError("epochs and steps are both 0, so there is nothing to train; set one of them")
+    for name in ("networks", "seeds"):
+        if not len(config[name]):
+            raise ValueError(f"{name} is empty; name at least one")
+    if config["batch_size"] % devices:
+        raise ValueError(
+            f"batch_size={config['batch_size']} does not divide by the {devices} devices; take a multiple of {devices}"
+        )
+
+
+def check_task(dataset: data.Dataset) -> None:
+    """Raises ValueError if a data set is not one of images with classes."""
+    if dataset.info.task != "classification":
+        usable = "cifar10, cifar100, digits, fashion_mnist, kmnist, mnist, usps"
+        raise ValueError(
+            f"dataset {dataset.name!r} is for {dataset.info.task}; this job trains classifiers, for example on {usable}"
+        )
 
 
 def costs_of(module: nn.Module, shape: tuple[int, ...]) -> costs.CostReport:

@@ -2,7 +2,6 @@
 
 import runpy
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from jaxeff import training
 from launch.bench.timing import contest
 
 RATE = "train/examples_per_second"
-EXPECTED = (ValueError, TypeError, AttributeError, FileNotFoundError, ImportError, FloatingPointError, RuntimeError)
+EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
 
 
 def main(run: Callable[..., Any], description: str) -> None:
@@ -104,7 +103,3 @@ def _flat(config: Any, prefix: str = "") -> list[str]:
         path = f"{prefix}{name}"
         names += _flat(config[name], f"{path}.") if hasattr(config[name], "keys") else [path]
     return names
-
-
-if __name__ == "__main__":
-    sys.exit("this module is used by the jobs: python -m launch.train --config=configs/quickstart.py --workdir=DIR")

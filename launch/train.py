@@ -25,11 +25,13 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     rows_of = parallel.batch_sharding(mesh) if mesh is not None else None
     if mesh is not None:
         placement["step_transform"] = lambda step: parallel.data_parallel(step, mesh)
-        placement["state_sharding"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        placement["state_sharding"] = parallel.replicated(mesh)
 
     # ---- data, networks and methods: everything that can be wrong is found before anything is written ----------------
+    classifier.check_config(config, jax.device_count())
     train = data.load(config["dataset"], config["train_split"])
     test = data.load(config["dataset"], config["test_split"])
+    classifier.check_task(train)
     batch = config["batch_size"]
     sources = {seed: data.Batches(train.arrays, batch, seed=seed) for seed in config["seeds"]}
     steps = config["steps"] or config["epochs"] * sources[config["seeds"][0]].steps_per_epoch

@@ -14,7 +14,7 @@
 # %% [markdown]
 # # Quadratic neurons on handwritten digits
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxeff/jaxeff/blob/main/notebooks/quickstart.ipynb)
+# <!-- colab -->
 #
 # **The problem.** A first-order neuron computes $w \cdot x$: a plane. To bend it, a network stacks layers, and every
 # layer costs parameters and multiply-accumulates.
@@ -27,15 +27,15 @@
 import importlib.util
 import os
 
-if importlib.util.find_spec("jaxeff") is None:  # Colab; without -U, so that its jax keeps matching its accelerator
-    # %pip install -q "jaxeff[all] @ git+https://github.com/jaxeff/jaxeff"
-    pass
+if importlib.util.find_spec("jaxeff") is None:
+    raise ImportError("install jaxeff first: pip install -e '.[all]' in a clone")  # install line
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from flax import nnx
 
 from jaxeff import costs, data, models, quadratic, spec, training
 
@@ -178,6 +178,13 @@ def client_loss(variables, images, labels):
 
 gradients = jax.jit(jax.vmap(jax.grad(client_loss)))(clients, images, labels)
 print({name: value.shape for name, value in gradients["params"].items()})
+
+# %% [markdown]
+# NNX users take the same layer through Flax's bridge.
+
+# %%
+bridged = nnx.bridge.ToNNX(layer, rngs=nnx.Rngs(0)).lazy_init(images[0])
+print("from NNX:", bridged(images[0]).shape)
 
 # %%
 assert float(losses[-1]) < 1e-3

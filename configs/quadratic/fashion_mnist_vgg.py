@@ -2,7 +2,8 @@
 
     JAXEFF_DATA=DIR python -m launch.train --config=configs/quadratic/fashion_mnist_vgg.py --workdir=runs/fashion
 
-About RUNTIME on two CPU cores, a minute on one GPU. Expected: RESULT.
+About a quarter of an hour on two CPU cores; not timed on a GPU yet. Expected after 5 epochs, seed 0: 89.3 % for the
+first-order network with 94,186 parameters, 90.2 % for the quadratic one with 71,098.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.train_split, config.test_split, config.epochs = "train[:512]", "test[:512]", 1
     config.networks.first_order = network("vgg", plan=FIRST_ORDER)
     config.networks.quadratic = network("vgg", kind="quadralib", branch_norm="batch", plan=QUADRATIC)
-    config.optimizer = sgd(0.1, warmup=100)
-    config.augment = ConfigDict({"crop": 2, "flip": True})
+    config.optimizer = sgd(0.1, warmup=1 if arg == "smoke" else 100)
+    config.augment.update({"crop": 2, "flip": True})
     config.log_every = 50
     return config

@@ -1,5 +1,6 @@
 """Batches: drawn deterministically, resumable at any step, padded for evaluation, prefetched onto devices."""
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -67,7 +68,7 @@ class Batches:
     def starting_at(self, step: int) -> Iterator[dict[str, np.ndarray]]:
         """Endless iterator over the batches of steps `step`, `step + 1`, and so on."""
         step = _whole("step", step, 0)
-        return (self.batch(number) for number in _count(step))
+        return (self.batch(number) for number in itertools.count(step))
 
     def _order(self, epoch: int) -> np.ndarray:
         memory = self._memory
@@ -207,12 +208,6 @@ def _placed(batch: Mapping[str, Any], sharding: jax.sharding.Sharding | None) ->
         name: jax.make_array_from_callback(np.shape(array), sharding, np.asarray(array).__getitem__)
         for name, array in batch.items()
     }
-
-
-def _count(first: int) -> Iterator[int]:
-    while True:
-        yield first
-        first += 1
 
 
 def _checked(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

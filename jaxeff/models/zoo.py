@@ -1,5 +1,6 @@
 """Architectures by name, for configs and command lines."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -40,8 +41,19 @@ def architecture(name: str, **options: Any) -> Architecture:
 
     Raises:
       ValueError: for an unknown name, listing the valid ones.
-      TypeError: for an option that the builder does not have.
+      ValueError: for an option that the builder does not have, listing those it has.
     """
     if name not in ZOO:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(ZOO))}")
-    return ZOO[name](**options)
+    build = ZOO[name]
+    valid = [p for p in inspect.signature(build).parameters if p not in _fixed(build)]
+    if unknown := sorted(set(options) - set(valid)):
+        raise ValueError(f"model {name!r} has no option {', '.join(unknown)}; it has: {', '.join(valid)}")
+    return build(**options)
+
+
+def _fixed(build: Callable[..., Architecture]) -> tuple[str, ...]:
+    """Positional arguments that the name has chosen already: the plan of vgg16, the depth of resnet20."""
+    if not isinstance(build, partial):
+        return ()
+    return tuple(inspect.signature(build.func).parameters)[: len(build.args)]

@@ -4,8 +4,8 @@ On CPU, XLA moves a convolution into its fast layout only in the entry computati
 in NHWC / HWIO are in that layout already, but the transposes that automatic differentiation writes are not, and inside
 `lax.scan`, `lax.map` or `while` they fall to a scalar kernel (jax-ml/jax#12868). Grouped convolutions and their
 weight gradients are slow for related reasons (jax-ml/jax#13800). Here both gradients are written out as programs that
-are already in fast form, and a mapped client axis is unrolled into separate convolutions instead of becoming one
-grouped convolution.
+are already in fast form, and a mapped client axis becomes separate convolutions, written out while they are few and in
+a loop beyond, instead of one grouped convolution.
 
 Three bilinear maps close under differentiation, so gradients of any order are available in reverse mode:
 
@@ -130,6 +130,9 @@ def conv_general_dilated(
 def conv_impl(impl: Impl, *, unroll: int | None = None) -> Iterator[None]:
     """Chooses the implementation of every convolution traced inside the `with` block that does not choose itself.
 
+    The choice is not part of what JAX remembers a trace by: a function that jit or scan has traced before keeps the
+    implementation it was traced with. Enter the context before the first trace, or pass `impl` to the call.
+
     Args:
       impl: "lax", "canonical" or "auto", see `conv_general_dilated`.
       unroll: how many separate convolutions or matrix products `vmap` may write out for one mapped operation; where
@@ -225,7 +228,7 @@ def _mappable(compute, calls, merge=None):
             return merge(op, a, b), True
         if calls == 0:
             return jax.vmap(compute, tuple(0 if is_mapped else None for is_mapped in in_batched))(a, b), True
-        if axis_size and axis_size * calls <= _UNROLL.get():
+        if axis_size == 1 or (axis_size and axis_size * calls <= _UNROLL.get()):
             parts = [op(a[i] if a_mapped else a, b[i] if b_mapped else b) for i in range(axis_size)]
             return jnp.stack(parts), True
         mapped = tuple(operand for operand, is_mapped in ((a, a_mapped), (b, b_mapped)) if is_mapped)
@@ -248,7 +251,8 @@ def _forward(window: Window, k_shape: tuple[int, ...]):
 
 
 def _weight(window: Window, k_shape: tuple[int, ...]):
-    calls = lowering.separate_calls(window, k_shape) * math.prod(k_shape[:-2])
+    taps = math.prod(k_shape[:-2])
+    calls = lowering.separate_calls(window, k_shape) * (taps if taps <= lowering.MAX_TAPS else 1)
     return _mappable(partial(lowering.weight_gradient, window, k_shape), calls)
 
 

@@ -6,7 +6,7 @@ runs and assembles global batches from what each host loaded.
 """
 
 from jaxeff.parallel.hosts import global_batch, initialize_distributed, process_slice
-from jaxeff.parallel.placement import batch_sharding, divide_batch, mesh, replicate, shard_batch
+from jaxeff.parallel.placement import batch_sharding, divide_batch, mesh, replicate, replicated, shard_batch
 from jaxeff.parallel.steps import accumulate_gradients, data_parallel, pmap_step
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "pmap_step",
     "process_slice",
     "replicate",
+    "replicated",
     "shard_batch",
 ]

@@ -52,18 +52,13 @@ class Kind:
     combine: Callable[..., jax.Array]
     source: str
 
-    @property
-    def quadratic(self) -> bool:
-        """Whether the output has a second-order term in x."""
-        return self.name != "first_order"
-
 
 # Gains: for independent projections of unit variance, Var(ab) = 1, Var(a^2) = 2, and x^2 has variance 2 + mean 1.
 KINDS: dict[str, Kind] = {}
 
 
-def register(kind: Kind) -> Kind:
-    """Adds a kind of the user's own, and returns it.
+def register(kind: Kind, *, overwrite: bool = False) -> Kind:
+    """Adds a kind of the user's own, and returns it; `overwrite` replaces one of the same name.
 
     Raises:
       ValueError: if the name is taken by another kind, or projection names repeat.
@@ -71,8 +66,10 @@ def register(kind: Kind) -> Kind:
     names = [projection.name for projection in kind.projections]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"kind {kind.name!r} needs projections with different names, got {names}")
-    if kind.name in KINDS and KINDS[kind.name] != kind:
-        raise ValueError(f"kind {kind.name!r} exists already: {KINDS[kind.name].formula}; choose another name")
+    if kind.name in KINDS and KINDS[kind.name] != kind and not overwrite:
+        raise ValueError(
+            f"kind {kind.name!r} exists already: {KINDS[kind.name].formula}; choose another name or pass overwrite=True"
+        )
     KINDS[kind.name] = kind
     return kind
 

@@ -1,6 +1,6 @@
 """Benchmarks of the ground floor: convolution gradients in loops, under vmap and grouped, and beside torch.
 
-    python -m launch.bench.ops [--case NAME ...] [--pairs 9] [--device cpu|gpu] [--json FILE]
+    python -m launch.bench.ops [--case NAME]... [--pairs 9] [--device cpu|gpu] [--json FILE]
 
 Every case compiles first, lets the contestants take turns and reports the median of pairwise ratios. Prints one JSON
 object a case; `make bench` keeps them in launch/bench/results/ops.json.
@@ -309,16 +309,20 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--device {options.device}, but the backend of JAX is {jax.default_backend()}")
     on_cpu = [name for name in CASES if name != "ceilings"]
     wanted = options.case or (on_cpu if options.device == "cpu" else list(ON_GPU))
-    measured = []
+    failed = []
     for name in wanted:
         try:
             for item in CASES[name](options.pairs):
-                measured.append(item)
                 print(json.dumps({**item, "device": results.device()}), flush=True)
+                if options.json:  # at once, so that a case that fails later loses nothing
+                    results.write(options.json, [item], _command(options))
         except ImportError as error:
             print(f"skipped {name}: {error}", file=sys.stderr)
-    if options.json and measured:
-        results.write(options.json, measured, _command(options))
+        except Exception as error:
+            failed.append(name)
+            print(f"failed {name}: {type(error).__name__}: {error}", file=sys.stderr)
+    if failed:
+        raise SystemExit(f"failed cases: {', '.join(failed)}")
 
 
 def _ratio(times: Times, name, ours, theirs, target, against, better="lower") -> dict[str, Any]:

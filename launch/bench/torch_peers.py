@@ -34,7 +34,7 @@ def train_step(
     device = "cuda" if torch.cuda.is_available() and bf16 else "cpu"
     if device == "cpu":
         # As many threads as XLA's pool has.
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(os.cpu_count() or 1)
     network = _module(torch, architecture).to(device, memory_format=torch.channels_last)
     images = torch.from_numpy(np.array(batch["image"]).transpose(0, 3, 1, 2).copy()).to(device)
     images = images.contiguous(memory_format=torch.channels_last)

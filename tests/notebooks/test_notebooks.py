@@ -32,6 +32,7 @@ def test_the_notebook_holds_the_cells_of_its_source(source):
 def test_the_notebook_runs(source, tmp_path, monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("JAXEFF_NB_FAST", "1")
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # so that figures land in the notebook
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
