@@ -1,0 +1,20 @@
+"""The README's Python runs as it is printed."""
+
+import pathlib
+import re
+
+README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_the_ten_lines_of_the_readme_run(capsys):
+    block = re.search(r"```python\n(.*?)```", README, re.S)
+    assert block is not None
+    exec(compile(block[1], "README.md", "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    assert "costs, paper convention" in printed and "QuadraticConv_0" in printed
+
+
+def test_the_readme_shows_files_that_exist():
+    root = pathlib.Path(__file__).parents[2]
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert links and [link for link in links if not (root / link).exists()] == []
