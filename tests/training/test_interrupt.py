@@ -79,7 +79,10 @@ def test_the_first_signal_asks_and_the_second_acts_at_once():
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_second_ctrl_c_is_a_keyboard_interrupt():
+def test_a_second_ctrl_c_is_a_keyboard_interrupt(request):
+    # A background shell starts its programs with SIGINT ignored, and then there is no default to fall back to.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), StopRequest():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
