@@ -1,4 +1,4 @@
-"""Runs the tests of `eight_devices.py` in a process whose one CPU looks like eight devices."""
+"""Runs every `eight_devices.py` in a process of its own, whose one CPU looks like eight devices."""
 
 import os
 import pathlib
@@ -11,11 +11,12 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 @pytest.mark.multidevice
-def test_eight_forced_host_devices():
+@pytest.mark.parametrize("room", ["parallel", "training"])
+def test_eight_forced_host_devices(room):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "eight_devices.py")],
-        cwd=HERE.parent.parent,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / room / "eight_devices.py")],
+        cwd=HERE.parent,
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
