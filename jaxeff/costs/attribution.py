@@ -114,13 +114,6 @@ class _Ledger:
         order = [name for name in self.costs if name not in last] + last
         return tuple(self.row(name, self.costs[name]) for name in order if any(self.costs[name].values()))
 
-    def total(self) -> LayerCost:
-        total: dict[str, int] = {}
-        for costs in self.costs.values():
-            for field, amount in costs.items():
-                total[field] = total.get(field, 0) + amount
-        return self.row("total", total)
-
     def row(self, name: str, costs: dict[str, int]) -> LayerCost:
         row = LayerCost(name, **costs)
         return row if self.residuals else dataclasses.replace(row, residual_bytes=None)

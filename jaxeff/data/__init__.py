@@ -1,6 +1,6 @@
 """Data sets under one schema whatever their source, and the pipeline that turns them into batches on devices."""
 
-from jaxeff.data.augment import channel_statistics, cutout, mixup, normalise, random_crop, random_flip, standardise
+from jaxeff.data.augment import channel_statistics, cutout, mixup, random_crop, random_flip, standardise
 from jaxeff.data.dataset import NotHere
 from jaxeff.data.pipeline import Batches, padded_batches, prefetch
 from jaxeff.data.registry import Dataset, DatasetInfo, load, names, register
@@ -19,7 +19,6 @@ __all__ = [
     "locality_traces",
     "mixup",
     "names",
-    "normalise",
     "padded_batches",
     "prefetch",
     "prepare",

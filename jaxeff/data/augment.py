@@ -128,23 +128,6 @@ def mixup(
     return _mixup(key, images, labels, alpha)
 
 
-def normalise(images: jax.Array, *, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
-    """Maps bytes 0..255 to 0..1.
-
-    Args:
-      images: uint8, any shape.
-      dtype: floating-point type of the result; the arithmetic is float32.
-
-    Returns:
-      Array of the same shape.
-
-    Raises:
-      TypeError: images are not bytes.
-    """
-    _check_bytes(images)
-    return _standardise(images, 0, 1, dtype)
-
-
 def standardise(
     images: jax.Array,
     mean: jax.typing.ArrayLike,

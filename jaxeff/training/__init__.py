@@ -19,7 +19,6 @@ from jaxeff.training.report import (
     comparison_figure,
     comparison_markdown,
     comparison_table,
-    comparison_text,
     learning_curves,
     write_summary,
 )
@@ -50,7 +49,6 @@ __all__ = [
     "comparison_figure",
     "comparison_markdown",
     "comparison_table",
-    "comparison_text",
     "decays",
     "fit",
     "from_linen",

@@ -41,7 +41,6 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "memory_bytes": ("memory", _mebibytes),
     "latency_ms": ("latency", _milliseconds),
     "train_seconds": ("train", _seconds),
-    "seeds": ("seeds", str),
 }
 
 _CURVES = (("train/loss", "training loss"), ("eval/loss", "test loss"), ("eval/accuracy", "test accuracy"))
@@ -114,7 +113,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str | None = None
 
     Raises:
         ValueError: as `comparison_figure`.
-        ImportError: if rich is missing; `comparison_text` needs nothing.
+        ImportError: if rich is missing; `comparison_markdown` needs nothing.
     """
     try:
         from rich import box, table
@@ -127,20 +126,6 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str | None = None
     for line in body:
         result.add_row(*line)
     return result
-
-
-def comparison_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the table of `comparison_table` as plain text with aligned columns."""
-    header, body = _cells(rows)
-    widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
-
-    def aligned(line: Sequence[str]) -> str:
-        first, *rest = line
-        return "  ".join(
-            [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
-        ).rstrip()
-
-    return "\n".join([aligned(header), "  ".join("-" * w for w in widths), *map(aligned, body)])
 
 
 def comparison_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
