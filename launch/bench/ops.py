@@ -125,7 +125,9 @@ def scan_grad(pairs: int) -> Iterator[dict[str, Any]]:
         {"scan": lambda: scan(state, batches), "ours": separate(ours), "stock": separate(stock)}, pairs=pairs
     )
     peer = times.fastest("ours", "stock")
-    yield _ratio(times, "scan_grad", "scan", peer, 1.05, f"two jitted steps ({peer} convolution)")
+    yield results.time_ratio(
+        "scan_grad", times, "scan", peer, target=1.05, against=f"two jitted steps ({peer} convolution)"
+    )
 
 
 def client_vmap(pairs: int) -> Iterator[dict[str, Any]]:
@@ -155,10 +157,14 @@ def client_vmap(pairs: int) -> Iterator[dict[str, Any]]:
     }
     times = contest(contestants, pairs=max(pairs, 15))
     peer = times.fastest("ours", "stock", "all stock")
-    yield _ratio(times, "client_vmap", "vmap", peer, 1.0, f"Python loop over one jitted step ({peer} operations)")
-    yield _ratio(times, "client_vmap.stock_loop", "vmap", "stock", None, "the same loop, stock convolution")
-    yield _ratio(
-        times, "client_vmap.all_stock_loop", "vmap", "all stock", None, "the same loop, stock conv and pooling"
+    yield results.time_ratio(
+        "client_vmap", times, "vmap", peer, target=1.0, against=f"Python loop over one jitted step ({peer} operations)"
+    )
+    yield results.time_ratio(
+        "client_vmap.stock_loop", times, "vmap", "stock", against="the same loop, stock convolution"
+    )
+    yield results.time_ratio(
+        "client_vmap.all_stock_loop", times, "vmap", "all stock", against="the same loop, stock conv and pooling"
     )
 
 
@@ -174,8 +180,12 @@ def client_vmap_stock(pairs: int) -> Iterator[dict[str, Any]]:
     contestants = {name: partial(function, params, batches) for name, function in compiled.items()}
     # A stock round takes seconds, so that few pairs have to do.
     times = contest(contestants, pairs=min(pairs, 5))
-    yield _ratio(times, "client_vmap_stock", "stock", "ours", 30, "our vmap(scan)", better="higher")
-    yield _ratio(times, "client_vmap_stock.conv_only", "stock conv", "ours", None, "our vmap(scan)", better="higher")
+    yield results.time_ratio(
+        "client_vmap_stock", times, "stock", "ours", target=30, against="our vmap(scan)", better="higher"
+    )
+    yield results.time_ratio(
+        "client_vmap_stock.conv_only", times, "stock conv", "ours", against="our vmap(scan)", better="higher"
+    )
 
 
 def toplevel(pairs: int) -> Iterator[dict[str, Any]]:
@@ -187,7 +197,7 @@ def toplevel(pairs: int) -> Iterator[dict[str, Any]]:
     with ops.conv_impl("lax"):
         stock = jax.jit(lambda state, batch: method.step(state, batch)).lower(state, batch).compile()
     times = contest({"ours": lambda: ours(state, batch), "stock": lambda: stock(state, batch)}, pairs=pairs)
-    yield _ratio(times, "toplevel", "ours", "stock", 1.05, "stock convolution")
+    yield results.time_ratio("toplevel", times, "ours", "stock", target=1.05, against="stock convolution")
 
 
 def grouped(pairs: int) -> Iterator[dict[str, Any]]:
@@ -217,21 +227,29 @@ def grouped(pairs: int) -> Iterator[dict[str, Any]]:
         "dense ours": lambda: dense["canonical"](x, wide),
     }
     times = contest(contestants, pairs=pairs)
-    yield _ratio(times, "grouped.stock", "ours", "stock", 0.125, "feature_group_count")
+    yield results.time_ratio("grouped.stock", times, "ours", "stock", target=0.125, against="feature_group_count")
     peer = times.fastest("dense stock", "dense ours")
-    yield _ratio(times, "grouped.dense", "ours", peer, 0.6, f"dense convolution of equal width ({peer.split()[1]})")
+    yield results.time_ratio(
+        "grouped.dense",
+        times,
+        "ours",
+        peer,
+        target=0.6,
+        against=f"dense convolution of equal width ({peer.split()[1]})",
+    )
 
 
 def compile_time(pairs: int) -> Iterator[dict[str, Any]]:
     """Compile time of the vmapped round, beside the fully unrolled program."""
     params, batches = client_params(), batch_of(models.cnn(), CLIENTS, STEPS, CLIENT_BATCH)
-    ours, unrolled = [], []
+    contestants = {"ours": client_rounds(None), "unrolled": unrolled_round}
+    times = Times({name: [] for name in contestants}, {name: [] for name in contestants})
     for _ in range(min(pairs, 5)):
-        ours.append(compile_seconds(client_rounds(None), params, batches)[1])
-        unrolled.append(compile_seconds(unrolled_round, params, batches)[1])
-    yield _ratio(
-        Times({"ours": ours, "unrolled": unrolled}, {}), "compile", "ours", "unrolled", 0.6, "unrolled program"
-    )
+        for name, function in contestants.items():
+            _, wall, cpu = compile_seconds(function, params, batches)
+            times.wall[name].append(wall)
+            times.cpu[name].append(cpu)
+    yield results.time_ratio("compile", times, "ours", "unrolled", target=0.6, against="unrolled program")
 
 
 def torch_step(pairs: int) -> Iterator[dict[str, Any]]:
@@ -248,7 +266,7 @@ def torch_step(pairs: int) -> Iterator[dict[str, Any]]:
         times = contest({"ours": lambda: step(state, batch), "torch": peer}, pairs=pairs, warmup=3)  # noqa: B023
         target = 1.0 if on_gpu else None
         form = "torch.compile, channels_last, bf16" if on_gpu else "torch CPU, channels_last, equal threads"
-        yield _ratio(times, f"torch_step.{name}", "ours", "torch", target, form)
+        yield results.time_ratio(f"torch_step.{name}", times, "ours", "torch", target=target, against=form)
 
 
 def ceilings(pairs: int) -> Iterator[dict[str, Any]]:
@@ -323,14 +341,6 @@ def main(argv: list[str] | None = None) -> None:
             print(f"failed {name}: {type(error).__name__}: {error}", file=sys.stderr)
     if failed:
         raise SystemExit(f"failed cases: {', '.join(failed)}")
-
-
-def _ratio(times: Times, name, ours, theirs, target, against, better="lower") -> dict[str, Any]:
-    ratio = times.ratio(ours, theirs)
-    return results.case(
-        name, "time ratio", ratio.value, better=better, target=target, spread=(ratio.low, ratio.high), n=ratio.n,
-        against=against,
-    )  # fmt: skip
 
 
 def _plain_conv(x, kernel, impl, numbers):

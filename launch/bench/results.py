@@ -4,16 +4,19 @@
     python -m launch.bench.results --record runs/quickstart NAME  first keeps a finished run of launch.train as NAME
 
 A file holds {"device", "versions", "date", "command", "cases"}; a case holds {"case", "metric", "value", "better",
-"target", "spread", "n", "against"}. Ratios and rates are plain numbers, percentages are fractions.
+"target", "spread", "n", "against"}. Ratios and rates are plain numbers, percentages are fractions. A time ratio also
+holds "cpu_ratio", the same ratio of process CPU time, and "seconds" and "cpu_seconds": the medians of both sides.
 """
 
 import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,11 +24,16 @@ from typing import Any
 import jax
 
 from jaxeff.training import comparison_markdown
+from launch.bench.timing import Times
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 README = pathlib.Path(__file__).parents[2] / "README.md"
 EXPERIMENTS = FOLDER / "experiments"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+TIME_RATIO = "time ratio"
+KEYS = ("case", "metric", "value", "better", "target", "spread", "n", "against")
+CPU_KEYS = ("cpu_ratio", "seconds", "cpu_seconds")
+NUMBERS = {"value": 1, "spread": 2, "cpu_ratio": 1, "seconds": 2, "cpu_seconds": 2}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 
 
@@ -39,6 +47,7 @@ def case(
     spread: tuple[float, float] | None = None,
     n: int = 1,
     against: str = "",
+    cpu: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One measured case in the form of the results file.
 
@@ -51,14 +60,13 @@ def case(
       spread: quartiles of the measurement.
       n: number of measurements.
       against: what it was compared with.
+      cpu: what a time ratio has beside these; `time_ratio` fills it in.
 
     Raises:
-      ValueError: for another `better`.
+      ValueError: as `check`.
     """
-    if better not in ("lower", "higher"):
-        raise ValueError(f"better must be 'lower' or 'higher', got {better!r}")
     low, high = spread or (value, value)
-    return {
+    item = {
         "case": name,
         "metric": metric,
         "value": _rounded(value),
@@ -67,7 +75,68 @@ def case(
         "spread": [_rounded(low), _rounded(high)],
         "n": n,
         "against": against,
+        **(cpu or {}),
     }
+    check(item)
+    return item
+
+
+def time_ratio(
+    name: str,
+    times: Times,
+    ours: str,
+    theirs: str,
+    *,
+    against: str,
+    target: float | None = None,
+    better: str = "lower",
+) -> dict[str, Any]:
+    """The case of one contestant's time beside another's: the median of the pairwise ratios, by wall and by CPU time.
+
+    Args:
+      name: as in `case`.
+      times: of a contest in which both took part.
+      ours: the contestant above the line of the ratio.
+      theirs: the one below.
+      against: what `theirs` is, in words.
+      target: of the wall ratio.
+      better: "lower" or "higher".
+    """
+    wall = times.ratio(ours, theirs)
+    cpu = {
+        "cpu_ratio": _rounded(times.cpu_ratio(ours, theirs).value),
+        "seconds": [_rounded(times.seconds(side)) for side in (ours, theirs)],
+        "cpu_seconds": [_rounded(times.cpu_seconds(side)) for side in (ours, theirs)],
+    }
+    return case(
+        name, TIME_RATIO, wall.value, better=better, target=target, spread=(wall.low, wall.high), n=wall.n,
+        against=against, cpu=cpu,
+    )  # fmt: skip
+
+
+def check(item: Mapping[str, Any]) -> None:
+    """Finds what a case lacks of the form that every results file has.
+
+    Raises:
+      ValueError: naming the case, and what is missing or out of range.
+    """
+    name = item.get("case")
+    needed = KEYS + (CPU_KEYS if item.get("metric") == TIME_RATIO else ())
+    if missing := [key for key in needed if key not in item]:
+        hint = "; make a time ratio by time_ratio(), which adds the CPU time" if set(missing) & set(CPU_KEYS) else ""
+        raise ValueError(f"case {name!r} lacks {', '.join(missing)}{hint}")
+    if item["better"] not in ("lower", "higher"):
+        raise ValueError(f"case {name!r}: better must be 'lower' or 'higher', got {item['better']!r}")
+    if item["n"] < 1:
+        raise ValueError(f"case {name!r}: n must be at least 1, got {item['n']}")
+    for key, length in NUMBERS.items():
+        if key not in item:
+            continue
+        numbers = [item[key]] if length == 1 else item[key]
+        if len(numbers) != length or not all(map(math.isfinite, numbers)):
+            raise ValueError(f"case {name!r}: {key} must be {length} finite number(s), got {item[key]}")
+        if key in CPU_KEYS and min(numbers) <= 0:
+            raise ValueError(f"case {name!r}: {key} must be above 0, got {item[key]}")
 
 
 def device() -> str:
@@ -90,9 +159,16 @@ def versions() -> dict[str, str]:
 
 
 def write(path: str | os.PathLike[str], cases: Iterable[Mapping[str, Any]], command: str) -> None:
-    """Writes a results file; cases that were not measured this time are kept if the device is the same."""
+    """Writes a results file; cases that were not measured this time are kept if the device is the same.
+
+    Raises:
+      ValueError: as `check`, for a new case; the file stays as it was.
+    """
     path = pathlib.Path(path)
-    new = {item["case"]: dict(item) for item in cases}
+    new: dict[str, dict[str, Any]] = {}
+    for item in cases:
+        check(item)
+        new[item["case"]] = dict(item)
     kept: list[dict[str, Any]] = []
     if path.exists():
         old = json.loads(path.read_text())
@@ -107,7 +183,9 @@ def write(path: str | os.PathLike[str], cases: Iterable[Mapping[str, Any]], comm
         "cases": merged,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    # Pairs of numbers stay on one line.
+    text = re.sub(r"\[\s+([-+.\de]+),\s+([-+.\de]+)\s+\]", r"[\1, \2]", json.dumps(record, indent=2))
+    path.write_text(text + "\n")
 
 
 def met(item: Mapping[str, Any]) -> bool | None:
@@ -122,12 +200,14 @@ def table(folder: pathlib.Path = FOLDER) -> str:
     blocks = []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
+        # Only where it was measured: files from before the CPU time was kept have none.
+        with_cpu = any("cpu_ratio" in item for item in record["cases"])
         lines = [
             f"**{path.stem}** on {record['device']}, {record['date']}, jax {record['versions']['jax']} "
             f"(`{record['command']}`)",
             "",
-            "| case | measured | quartiles | target | against |",
-            "| --- | ---: | ---: | ---: | --- |",
+            f"| case | measured | quartiles |{' by CPU time |' if with_cpu else ''} target | against |",
+            f"| --- | ---: | ---: |{' ---: |' if with_cpu else ''} ---: | --- |",
         ]
         for item in record["cases"]:
             sign = "≤" if item["better"] == "lower" else "≥"
@@ -135,7 +215,10 @@ def table(folder: pathlib.Path = FOLDER) -> str:
             value = f"{item['value']:.4g}" + (" (missed)" if met(item) is False else "")
             low, high = item["spread"]
             spread = f"{low:.3g} to {high:.3g}" if item["n"] > 1 else "-"
-            lines.append(f"| `{item['case']}`: {item['metric']} | {value} | {spread} | {target} | {item['against']} |")
+            cells = [f"`{item['case']}`: {item['metric']}", value, spread, target, item["against"]]
+            if with_cpu:
+                cells.insert(3, f"{item['cpu_ratio']:.4g}" if "cpu_ratio" in item else "-")
+            lines.append(f"| {' | '.join(cells)} |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 

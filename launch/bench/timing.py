@@ -6,7 +6,7 @@ A comparison is the median of the ratios of neighbouring runs, never a ratio of 
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,12 +42,12 @@ class Times:
         return min(names, key=self.seconds)
 
     def ratio(self, ours: str, theirs: str) -> Ratio:
-        """Median of the pairwise ratios ours / theirs."""
-        ratios = [a / b for a, b in zip(self.wall[ours], self.wall[theirs], strict=True)]
-        if len(ratios) < 2:
-            return Ratio(ratios[0], ratios[0], ratios[0], 1)
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return Ratio(middle, low, high, len(ratios))
+        """Median of the pairwise ratios ours / theirs of the wall time."""
+        return _pairwise(self.wall[ours], self.wall[theirs])
+
+    def cpu_ratio(self, ours: str, theirs: str) -> Ratio:
+        """The same of the process CPU time, all threads together: what the wall time bought with more cores costs."""
+        return _pairwise(self.cpu[ours], self.cpu[theirs])
 
 
 def contest(
@@ -89,14 +89,26 @@ def contest(
     return Times(wall, cpu)
 
 
-def compile_seconds(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-    """Compiles for these arguments without the persistent cache; returns the executable and the seconds it took."""
+def compile_seconds(function: Callable[..., Any], *args: Any) -> tuple[Any, float, float]:
+    """Compiles for these arguments without the persistent cache.
+
+    Returns:
+      The executable, and the wall and process CPU seconds that it took.
+    """
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        start = time.perf_counter()
+        wall_start, cpu_start = time.perf_counter(), time.process_time()
         # A fresh function object, because jit remembers what it compiled for the old one.
         executable = jax.jit(lambda *a: function(*a)).lower(*args).compile()
-        return executable, time.perf_counter() - start
+        return executable, time.perf_counter() - wall_start, time.process_time() - cpu_start
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
+
+
+def _pairwise(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    if len(ratios) < 2:
+        return Ratio(ratios[0], ratios[0], ratios[0], 1)
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(middle, low, high, len(ratios))

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import types
 
 import pytest
 
@@ -15,12 +16,27 @@ def test_contestants_take_turns():
 
 
 def test_the_ratio_is_the_median_of_neighbouring_runs():
-    times = timing.Times({"ours": [1.0, 4.0, 9.0], "theirs": [1.0, 2.0, 3.0]}, {})
+    times = timing.Times({"ours": [1.0, 4.0, 9.0], "theirs": [1.0, 2.0, 3.0]}, {"ours": [2.0] * 3, "theirs": [1.0] * 3})
     ratio = times.ratio("ours", "theirs")
     assert (ratio.value, ratio.n) == (2.0, 3)
     assert (ratio.low, ratio.high) == (1.5, 2.5)
     assert times.fastest("ours", "theirs") == "theirs"
     assert times.seconds("ours") == statistics.median([1.0, 4.0, 9.0])
+    assert times.cpu_ratio("ours", "theirs") == timing.Ratio(2.0, 2.0, 2.0, 3)
+
+
+def test_a_contest_also_counts_the_cpu_time_of_every_turn(monkeypatch):
+    clock = types.SimpleNamespace(wall=0.0, cpu=0.0)
+
+    def run(wall, cpu):
+        clock.wall, clock.cpu = clock.wall + wall, clock.cpu + cpu
+
+    clocks = types.SimpleNamespace(perf_counter=lambda: clock.wall, process_time=lambda: clock.cpu)
+    monkeypatch.setattr(timing, "time", clocks)
+    times = timing.contest({"two threads": lambda: run(1.0, 2.0), "asleep": lambda: run(4.0, 0.25)}, pairs=3)
+    assert times.wall == {"two threads": [1.0] * 3, "asleep": [4.0] * 3}
+    assert times.cpu == {"two threads": [2.0] * 3, "asleep": [0.25] * 3}
+    assert times.cpu_seconds("asleep") == 0.25
 
 
 def test_a_contest_needs_contestants_and_pairs():
@@ -31,16 +47,16 @@ def test_a_contest_needs_contestants_and_pairs():
 def test_compiling_is_timed_without_the_cache():
     import jax
 
-    executable, seconds = timing.compile_seconds(lambda x: x + 1, jax.numpy.ones(3))
-    assert seconds > 0
+    executable, seconds, cpu_seconds = timing.compile_seconds(lambda x: x + 1, jax.numpy.ones(3))
+    assert seconds > 0 and cpu_seconds > 0
     assert executable(jax.numpy.ones(3)).tolist() == [2, 2, 2]
 
 
 def test_results_keep_the_cases_that_were_not_measured_again(tmp_path):
     path = tmp_path / "room.json"
-    old = [results.case(name, "time ratio", 2.0, better="lower") for name in ("a", "b")]
+    old = [results.case(name, "seconds", 2.0, better="lower") for name in ("a", "b")]
     results.write(path, old, "first")
-    results.write(path, [results.case("b", "time ratio", 1.0, better="lower", target=1.5)], "second")
+    results.write(path, [results.case("b", "seconds", 1.0, better="lower", target=1.5)], "second")
     record = json.loads(path.read_text())
     assert set(record) == {"device", "versions", "date", "command", "cases"}
     assert [(c["case"], c["value"]) for c in record["cases"]] == [("a", 2.0), ("b", 1.0)]
@@ -49,19 +65,71 @@ def test_results_keep_the_cases_that_were_not_measured_again(tmp_path):
 
 def test_the_table_marks_what_was_missed(tmp_path):
     cases = [
-        results.case("fast", "time ratio", 0.5, better="lower", target=1.0, spread=(0.4, 0.6), n=9, against="peer"),
-        results.case("slow", "time ratio", 2.0, better="lower", target=1.0, n=9),
-        results.case("far", "time ratio", 30.0, better="higher", target=20),
+        results.case("fast", "seconds", 0.5, better="lower", target=1.0, spread=(0.4, 0.6), n=9, against="peer"),
+        results.case("slow", "seconds", 2.0, better="lower", target=1.0, n=9),
+        results.case("far", "images/s", 30.0, better="higher", target=20),
     ]
     results.write(tmp_path / "room.json", cases, "make bench")
     lines = results.table(tmp_path).splitlines()
     assert any("`fast`" in line and "missed" not in line and "0.4 to 0.6" in line for line in lines)
     assert any("`slow`" in line and "missed" in line for line in lines)
     assert any("`far`" in line and "missed" not in line and "≥ 20" in line for line in lines)
+    assert "by CPU time" not in results.table(tmp_path)
+
+
+TIMES = timing.Times({"a": [1.0, 2.0, 3.0], "b": [2.0, 2.0, 2.0]}, {"a": [3.0, 6.0, 9.0], "b": [2.0, 2.0, 2.0]})
+
+
+def test_a_time_ratio_carries_its_cpu_time_to_the_file_and_the_table(tmp_path):
+    item = results.time_ratio("one", TIMES, "a", "b", against="peer", target=0.9)
+    assert (item["value"], item["spread"], item["n"]) == (1.0, [0.75, 1.25], 3)
+    assert (item["cpu_ratio"], item["seconds"], item["cpu_seconds"]) == (3.0, [2.0, 2.0], [6.0, 2.0])
+    results.write(tmp_path / "room.json", [item, results.case("two", "seconds", 1.0, better="lower")], "make bench")
+    text = (tmp_path / "room.json").read_text()
+    assert '"seconds": [2.0, 2.0]' in text and json.loads(text)["cases"][0] == item
+    lines = results.table(tmp_path).splitlines()
+    assert lines[2] == "| case | measured | quartiles | by CPU time | target | against |"
+    assert "| `one`: time ratio | 1 (missed) | 0.75 to 1.25 | 3 | ≤ 0.9 | peer |" in lines
+    assert "| `two`: seconds | 1 | - | - | reported |  |" in lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cpu_ratio": None}, "case 'one' lacks cpu_ratio; make a time ratio by time_ratio"),
+        ({"against": None}, "case 'one' lacks against$"),
+        ({"cpu_ratio": 0.0}, "case 'one': cpu_ratio must be above 0, got 0.0"),
+        ({"seconds": [1.0]}, r"case 'one': seconds must be 2 finite number\(s\), got \[1.0\]"),
+        ({"value": float("nan")}, r"case 'one': value must be 1 finite number\(s\), got nan"),
+        ({"better": "smaller"}, "case 'one': better must be 'lower' or 'higher', got 'smaller'"),
+        ({"n": 0}, "case 'one': n must be at least 1, got 0"),
+    ],
+)
+def test_a_case_in_another_form_is_not_written(tmp_path, changes, message):
+    item = {**results.time_ratio("one", TIMES, "a", "b", against="peer"), **changes}
+    item = {key: value for key, value in item.items() if value is not None or key == "target"}
+    with pytest.raises(ValueError, match=message):
+        results.write(tmp_path / "room.json", [item], "make bench")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_time_ratio_without_its_cpu_time_is_not_made():
+    with pytest.raises(ValueError, match="lacks cpu_ratio, seconds, cpu_seconds; make a time ratio by time_ratio"):
+        results.case("one", "time ratio", 1.0, better="lower")
+
+
+def test_the_results_of_record_have_the_form_of_every_results_file():
+    paths = sorted(results.FOLDER.glob("*.json"))
+    assert paths
+    for path in paths:
+        record = json.loads(path.read_text())
+        assert {"device", "versions", "date", "command", "cases"} == set(record)
+        names = [item["case"] for item in record["cases"]]
+        assert len(names) == len(set(names)) and all(set(results.KEYS) <= set(item) for item in record["cases"])
 
 
 def test_the_readme_table_goes_between_the_markers(tmp_path):
-    results.write(tmp_path / "room.json", [results.case("one", "time ratio", 1.0, better="lower")], "make bench")
+    results.write(tmp_path / "room.json", [results.case("one", "seconds", 1.0, better="lower")], "make bench")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
     results.update_readme(readme, tmp_path)
@@ -75,7 +143,7 @@ def test_the_readme_table_goes_between_the_markers(tmp_path):
 
 def test_another_direction_than_lower_or_higher_is_refused():
     with pytest.raises(ValueError, match="'lower' or 'higher'"):
-        results.case("x", "time ratio", 1.0, better="smaller")
+        results.case("x", "seconds", 1.0, better="smaller")
 
 
 def test_the_workloads_of_the_ops_benchmark_agree_with_each_other():
