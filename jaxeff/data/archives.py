@@ -5,17 +5,19 @@ import hashlib
 import http.client
 import os
 import pathlib
-import socket
+import queue
 import tarfile
 import threading
+import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-PROBE_SECONDS = 0.6  # Leaves room for the rest within the second that a missing data set may take.
+ANSWER_SECONDS = 0.9  # Leaves room for the rest within the second that a missing data set may take.
+STALL_SECONDS = 30.0
 _CHUNK = 1 << 20
 
 
@@ -110,76 +112,80 @@ def verify(name: str, folder: pathlib.Path) -> None:
         wanted = "\n".join(f"  {file.name} from {file.url}" for file in absent)
         raise FileNotFoundError(f"{folder} lacks {len(absent)} file(s) of data set {name!r}:\n{wanted}")
     for file in ARCHIVES[name]:
-        path = folder / file.name
-        size = path.stat().st_size
-        if size != file.size:
-            raise ValueError(
-                f"{path} has {size} bytes, expected {file.size}: it is damaged or another file; get {file.url}"
-            )
-        with path.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        if digest != file.sha256:
-            raise ValueError(
-                f"{path} has SHA-256 checksum {digest}, expected {file.sha256}: "
-                f"it is damaged or another file; get {file.url}"
-            )
+        _check(folder / file.name, file, str(folder / file.name))
 
 
-def network_answers(url: str, seconds: float = PROBE_SECONDS) -> bool:
-    """Whether the host of an address (or the proxy that leads there) accepts a connection.
+def opened(url: str, seconds: float) -> Any:
+    """Opens an address whose answer has to begin in time.
 
     Args:
-      url: http or https address.
-      seconds: the longest this call may take, name resolution included.
+      url: http or https address; proxies are taken from the environment.
+      seconds: the longest this call may take until the head of the answer is there: name resolution, connection (to
+        the proxy where there is one), TLS handshake and request together.
 
     Returns:
-      True when a connection was made in time.
+      The answer, a binary file to read and close. A read that gets nothing for 30 s fails.
+
+    Raises:
+      ConnectionError: the host cannot be reached, its answer did not begin in time, or it does not give the file.
     """
-    parts = urllib.parse.urlsplit(url)
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
-        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    connected = threading.Event()
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    late = threading.Event()
 
-    def connect() -> None:
+    def ask() -> None:
         try:
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname or "", port), timeout=seconds).close()
-            connected.set()
-        except (OSError, ValueError):
-            pass  # No answer; the caller sees that the event is not set.
+            # An opener of its own, because the one that urlopen shares keeps the proxies of its first call.
+            outcome.put(urllib.request.build_opener().open(url, timeout=STALL_SECONDS))
+        except Exception as error:
+            outcome.put(error)
+        if late.is_set():
+            _close_left(outcome)
 
-    # A thread, because name resolution has no time-out of its own and can hang for many seconds without a network.
-    thread = threading.Thread(target=connect, name="jaxeff-probe", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return connected.is_set()
+    # A thread, because no time-out of a socket bounds the whole: name resolution has none, and each step starts anew.
+    threading.Thread(target=ask, name="jaxeff-download", daemon=True).start()
+    host = urllib.parse.urlsplit(url).hostname
+    try:
+        answer = outcome.get(timeout=seconds)
+    except queue.Empty:
+        late.set()
+        _close_left(outcome)
+        raise ConnectionError(f"no network: {host} did not answer within {seconds:g} s") from None
+    if isinstance(answer, urllib.error.HTTPError):
+        answer.close()
+        raise ConnectionError(f"{url} cannot be downloaded: {answer}") from answer
+    if isinstance(answer, Exception):
+        reason = getattr(answer, "reason", answer)
+        raise ConnectionError(f"no network: {host} cannot be reached: {reason}") from answer
+    return answer
 
 
-def download(name: str, folder: pathlib.Path) -> None:
+def download(name: str, folder: pathlib.Path, answer_seconds: float = ANSWER_SECONDS) -> None:
     """Downloads the archives of a data set that are not in `folder` yet, and checks all of them.
 
     Args:
       name: key of `ARCHIVES`.
-      folder: where to put them; made when it does not exist.
+      folder: where to put them; made when it does not exist and the host answers.
+      answer_seconds: how long the host may take to begin its first answer; a later one may take 30 s.
 
     Raises:
-      ConnectionError: the host does not answer (known within a second), or the transfer broke off.
+      ConnectionError: the host does not answer in time, or the transfer broke off.
       ValueError: what arrived is not the published file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    seconds = answer_seconds
     for file in ARCHIVES[name]:
         path = folder / file.name
         if path.is_file():
             continue
-        if not network_answers(file.url):
-            host = urllib.parse.urlsplit(file.url).hostname
-            raise ConnectionError(f"no network: {host} did not answer within {PROBE_SECONDS} s")
+        answer = opened(file.url, seconds)
+        seconds = STALL_SECONDS  # There is a network: what is slow now is worth waiting for.
+        folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{file.name}-{uuid.uuid4().hex}"
         try:
-            with urllib.request.urlopen(file.url, timeout=30) as answer, temporary.open("wb") as out:
+            with answer, temporary.open("wb") as out:
                 while chunk := answer.read(_CHUNK):
                     out.write(chunk)
+            # Before it gets its name, so that a login page of the network, say, is not found there the next time.
+            _check(temporary, file, file.url)
             os.replace(temporary, path)
         except (OSError, http.client.HTTPException) as error:
             raise ConnectionError(f"the download of {file.url} broke off: {error}") from error
@@ -251,6 +257,32 @@ def read_cifar_names(name: str, folder: pathlib.Path) -> tuple[str, ...]:
     """Class names of a CIFAR binary archive, in the order of the labels."""
     layout = _CIFAR[name]
     return tuple(_member(name, folder, f"{layout.folder}/{layout.names}").decode().split())
+
+
+def _check(path: pathlib.Path, file: ArchiveFile, what: str) -> None:
+    """Raises ValueError, saying `what` it is about, if the content of a path is not the published file's."""
+    size = path.stat().st_size
+    if size != file.size:
+        raise ValueError(
+            f"{what} has {size} bytes, expected {file.size}: it is damaged or another file; get {file.url}"
+        )
+    with path.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if digest != file.sha256:
+        raise ValueError(
+            f"{what} has SHA-256 checksum {digest}, expected {file.sha256}: "
+            f"it is damaged or another file; get {file.url}"
+        )
+
+
+def _close_left(outcome: queue.SimpleQueue[Any]) -> None:
+    """Closes an answer that came after its caller had gone."""
+    try:
+        answer = outcome.get_nowait()
+    except queue.Empty:
+        return
+    if hasattr(answer, "close"):
+        answer.close()
 
 
 def _member(name: str, folder: pathlib.Path, member: str) -> bytes:

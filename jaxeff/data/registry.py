@@ -133,7 +133,7 @@ def _archive_ways(name: str) -> tuple[str, ...]:
     address = archives.ARCHIVES[name][0].url.rsplit("/", 1)[0]
     return (
         f'download {files} from {address} into a folder DIR and run jaxeff.data.prepare("{name}", "DIR")',
-        f'run jaxeff.data.prepare("{name}") where there is a network; '
+        f'run jaxeff.data.prepare("{name}") where there is a network (with answer_seconds=30 if it is slow); '
         "copied elsewhere, the folder it returns is found through TFDS_DATA_DIR",
     )
 

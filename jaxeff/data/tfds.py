@@ -51,6 +51,7 @@ def prepare(
     data_dir: str | os.PathLike | None = None,
     *,
     file_format: str = FILE_FORMAT,
+    answer_seconds: float = archives.ANSWER_SECONDS,
 ) -> pathlib.Path:
     """Writes a data set as a prepared TFDS directory, without TensorFlow and, given the archives, without a network.
 
@@ -63,6 +64,7 @@ def prepare(
         sizes and SHA-256 checksums are checked. None downloads them to `<data_dir>/downloads/<name>`.
       data_dir: where to write; None means `$TFDS_DATA_DIR`, or `~/tensorflow_datasets` when that is not set.
       file_format: "array_record", the only one that works.
+      answer_seconds: how long the host may take to begin its first answer; more than the default suits a slow network.
 
     Returns:
       The prepared directory, `<data_dir>/<name>/<version>`. It is left as it is when it exists already.
@@ -70,7 +72,7 @@ def prepare(
     Raises:
       ValueError: unknown `name` or `file_format`, or an archive whose checksum is wrong.
       FileNotFoundError: `manual_dir` lacks an archive.
-      ConnectionError: `manual_dir` is None and the host does not answer (known within a second).
+      ConnectionError: `manual_dir` is None and the host does not answer within `answer_seconds`, or stops in between.
       ImportError: tensorflow-datasets or array_record is not installed.
     """
     if name not in _BUILDERS:
@@ -87,7 +89,7 @@ def prepare(
         if manual_dir is not None:
             archives.verify(name, folder)
         else:
-            archives.download(name, folder)
+            archives.download(name, folder, answer_seconds)
     # Imported only now: it takes most of a second, which a missing archive or network need not wait for.
     builder = _builder_class(_import_tfds(), name, folder)(data_dir=str(to), file_format=FILE_FORMAT)
     builder.download_and_prepare()

@@ -119,7 +119,7 @@ def test_preparing_without_archives_and_network_fails():
 def test_answering_network_is_used(write_archives, manual, monkeypatch):
     rows = write_archives("mnist")
 
-    def download(name, folder):
+    def download(name, folder, answer_seconds):
         shutil.copytree(manual, folder)
 
     monkeypatch.setattr(archives, "download", download)
