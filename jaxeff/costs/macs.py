@@ -2,9 +2,12 @@
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from jaxeff import compat
 
 CONVENTIONS = ("paper", "xla")
 
@@ -14,31 +17,42 @@ UNCOUNTED = frozenset(
     "pure_callback qr schur svd symmetric_product triangular_solve tridiagonal tridiagonal_solve".split()
 )
 
+# Only rearrange or relabel: in an enclosing scope they belong to the layer that reads the result.
+LAYOUT = frozenset(
+    "broadcast_in_dim convert_element_type copy copy_p device_put expand_dims mesh_cast name pvary reshape reshard "
+    "sharding_constraint squeeze stop_gradient transpose".split()
+)
 
-_DEPTHWISE = re.compile(r"depthwise_(?P<what>convolution|weight_gradient)_(?P<rank>\d)d")
+_DEPTHWISE = re.compile(r"depthwise_(convolution|weight_gradient)_\dd")
 
 
-def call_macs(equation: Any) -> int:
+def call_macs(equation: Any, convention: str) -> int:
     """Counts the multiply-accumulates of a call that stands for one operation written element by element.
 
     Depthwise convolutions are faster on CPU as one multiply-add per kernel tap; `jaxeff.ops` puts them into calls named
     "depthwise_convolution_2d" (x, kernel) and "depthwise_weight_gradient_2d" (x, output gradient), with the number of
-    spatial axes at the end. Taps that fall into padding are counted under both conventions.
+    spatial axes at the end. A call of such a name is counted if every product in it is that of a tap: a slice of the
+    padded x times values of the other operand. Otherwise it is a call like any other.
 
     Args:
       equation: a jaxpr equation of any primitive.
+      convention: as for `equation_macs`.
 
     Returns:
       A number of multiply-accumulates; 0 for every other call.
     """
-    match = _DEPTHWISE.fullmatch(str(equation.params.get("name")))
-    if match is None:
+    body = equation.params.get("jaxpr")
+    if body is None or not _DEPTHWISE.fullmatch(str(equation.params.get("name"))):
         return 0
-    second, result = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
-    kernel, outputs = (second, result) if match["what"] == "convolution" else (result, second)
-    # Kernels are [..., *taps, 1, O] and outputs [..., N, *space, O]; axes that vmap put in front may be on one or both.
-    rank = int(match["rank"]) + 2
-    return math.prod(result[:-rank]) * math.prod(kernel[-rank:-2]) * math.prod(outputs[-rank:])
+    makers = {var: step for step in body.eqns for var in step.outvars}
+    total = 0
+    for step in body.eqns:
+        if step.primitive.name == "mul":
+            count = _tap_product(step, body.invars, makers, convention)
+            if count is None:
+                return 0
+            total += count
+    return total
 
 
 def equation_macs(equation: Any, convention: str) -> int:
@@ -101,6 +115,44 @@ def _convolution(equation: Any, convention: str) -> int:
         )
     )
     return channels * math.prod(spatial)
+
+
+def _tap_product(product: Any, operands: Sequence[Any], makers: Mapping[Any, Any], convention: str) -> int | None:
+    """Counts the product of one kernel tap, wherever `vmap` has put its axes; None if it is another product."""
+    (x, steps), (other, _) = (_history(atom, makers) for atom in product.invars)
+    steps = [step for step in steps if step.primitive.name not in LAYOUT]
+    if [x, other] != list(operands) or [step.primitive.name for step in steps] != ["slice", "pad"]:
+        return None
+    size = math.prod(product.outvars[0].aval.shape)
+    if convention == "paper" or not size:
+        return size
+    view, pad = steps
+    shape = view.outvars[0].aval.shape
+    # Along each axis the view is a convolution with a single tap, whose first window is where the slice starts.
+    real = math.prod(
+        valid_taps(length, outputs, 1, stride, low - start, interior + 1, 1)
+        for length, outputs, start, stride, (low, _, interior) in zip(
+            pad.invars[0].aval.shape,
+            shape,
+            view.params["start_indices"],
+            view.params["strides"] or (1,) * len(shape),
+            pad.params["padding_config"],
+            strict=True,
+        )
+    )
+    return size // math.prod(shape) * real  # the other operand may have mapped axes that the view has not
+
+
+def _history(atom: Any, makers: Mapping[Any, Any]) -> tuple[Any, list[Any]]:
+    """Follows an array back through operations on one array: where it began, and the operations, last one first."""
+    steps: list[Any] = []
+    while not compat.is_literal(atom) and atom in makers:
+        arrays = [operand for operand in makers[atom].invars if not compat.is_literal(operand)]
+        if len(arrays) != 1:
+            break
+        steps.append(makers[atom])
+        (atom,) = arrays
+    return atom, steps
 
 
 def _dot(equation: Any, convention: str) -> int:

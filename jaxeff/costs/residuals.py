@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from jaxeff.costs import walk
+from jaxeff.costs import macs, walk
 from jaxeff.costs.report import INPUTS
 from jaxeff.costs.scopes import Scope
 
@@ -106,7 +106,7 @@ def _storage(value: walk.Value) -> walk.Value:
 
 def _below(value: walk.Value) -> walk.Value | None:
     if value.producer is not None:
-        moves = value.producer.primitive in walk.LAYOUT and value.producer.primitive != "convert_element_type"
+        moves = value.producer.primitive in macs.LAYOUT and value.producer.primitive != "convert_element_type"
         return value.producer.inputs[0] if moves and value.producer.inputs else None
     return value.sources[0] if len(value.sources) == 1 and not value.carried else None
 

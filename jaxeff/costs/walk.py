@@ -11,12 +11,6 @@ from jaxeff import compat
 from jaxeff.costs import macs
 from jaxeff.costs.scopes import Scope, equation_scope
 
-# Only rearrange or relabel: in an enclosing scope they belong to the layer that reads the result.
-LAYOUT = frozenset(
-    "broadcast_in_dim convert_element_type copy copy_p device_put expand_dims mesh_cast name pvary reshape reshard "
-    "sharding_constraint squeeze stop_gradient transpose".split()
-)
-
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Value:
@@ -164,7 +158,7 @@ class _Flattener:
             return [self.value(var.aval, sources=[out]) for var, out in zip(equation.outvars, outputs, strict=True)]
         if len(inner) == 1 and _is_call(inner[0], equation):
             outputs = self.inline(inner[0], inputs, scope, trips)
-            if (extra := macs.call_macs(equation)) and outputs[0].producer is not None:
+            if (extra := macs.call_macs(equation, self.convention)) and outputs[0].producer is not None:
                 outputs[0].producer.macs += extra
             return outputs
         return self.opaque(equation, inner, inputs, scope, trips)
@@ -360,6 +354,6 @@ def _give_layouts_to_readers(operations: Sequence[Operation]) -> None:
             for base, _ in value.bases():
                 readers.setdefault(id(base), operation)
     for operation in reversed(operations):
-        reader = readers.get(id(operation.outputs[0])) if operation.primitive in LAYOUT else None
+        reader = readers.get(id(operation.outputs[0])) if operation.primitive in macs.LAYOUT else None
         if reader is not None and reader.scope[: len(operation.scope)] == operation.scope:
             operation.scope = reader.scope

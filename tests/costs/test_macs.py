@@ -160,26 +160,3 @@ def test_linear_solve_names_its_factorisation_and_counts_no_product():
     report = costs.analyze(jnp.linalg.solve, jnp.eye(4), jnp.ones((4, 4)))
     assert report.total.macs == 0
     assert {note.split()[0] for note in report.notes} == {"lu", "triangular_solve"}
-
-
-def test_depthwise_convolutions_of_jaxeff_count_their_taps_also_when_mapped():
-    from jaxeff.ops import conv_general_dilated
-
-    x, kernel = jnp.zeros((2, 6, 6, 4)), jnp.zeros((3, 3, 1, 8))
-
-    def conv(kernel, x):
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=4, impl="canonical"
-        )
-
-    one = 2 * 6 * 6 * 8 * 9
-    assert costs.analyze(conv, kernel, x).total.macs == one
-    # Forward, input gradient and weight gradient; the input gradient of 8 features sums back into 4 channels.
-    both = costs.analyze(lambda k, x: jax.vjp(conv, k, x)[1](conv(k, x)), kernel, x, residuals=False)
-    assert both.total.macs == 3 * one
-    stacked = jnp.zeros((5, *kernel.shape))
-    assert costs.analyze(jax.vmap(conv, (0, None)), stacked, x, residuals=False).total.macs == 5 * one
-    images = jnp.zeros((5, *x.shape))
-    assert costs.analyze(jax.vmap(conv), stacked, images, residuals=False).total.macs == 5 * one
-    assert costs.analyze(jax.vmap(conv, (None, 0)), kernel, images, residuals=False).total.macs == 5 * one
