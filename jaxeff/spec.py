@@ -37,7 +37,9 @@ class Conv:
       branch_norm: norm of each projection inside a neuron with several ("batch", "group", ..., None).
       norm: norm of the layer's output.
       act: "relu", "relu6", "gelu", "silu", "tanh" or None.
-      bias: whether the projections have a bias; None means only where no norm follows them.
+      bias: whether the projections have a bias; None means only where no norm follows them directly: neither
+        `branch_norm` nor, in a first-order layer, `norm` (between a quadratic neuron's projections and `norm` stands
+        their product, which needs the biases).
       gate: settings of a gate on the output, read by the gate factory; None for no gate.
       role: what the layer is for; edits touch "body" layers unless told otherwise.
     """

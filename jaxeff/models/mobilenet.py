@@ -25,7 +25,7 @@ def mobilenet(
       num_classes: width of the last layer.
       input_shape: (H, W, C).
       norm: norm after every convolution.
-      bias: bias of the convolutions; None means only without norm.
+      bias: bias of the convolutions; None means only without norm, see `spec.Conv`.
       width: factor on every width.
 
     Returns:

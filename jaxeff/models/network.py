@@ -162,8 +162,7 @@ def _weighted(layer, net: _Settings, x, train):
     if net.dtype is not None:
         x = x.astype(net.dtype)
     settings = dict(name="layer", dtype=net.dtype, param_dtype=net.param_dtype, axis_name=net.axis_name)
-    # A bias just before a norm has gradient zero: it is dead weight.
-    settings["bias"] = layer.bias if layer.bias is not None else not (layer.norm or layer.branch_norm)
+    settings["bias"] = _takes_bias(layer) if layer.bias is None else layer.bias
     if isinstance(layer, spec.Conv):
         module = net.conv(layer, groups=layer.groups or x.shape[-1], **settings)
     else:
@@ -178,6 +177,19 @@ def _weighted(layer, net: _Settings, x, train):
     if net.gate is None:
         raise ValueError(f"layer {layer.name!r} has a gate, but the network has no gate factory: pass gate=")
     return net.gate(layer, name="gate")(x, train)
+
+
+def _takes_bias(layer) -> bool:
+    """Whether the projections of a layer get a bias where its description leaves that open.
+
+    A bias just before a norm is dead weight, as the norm has an offset of its own (before a batch norm the gradient of
+    the bias is zero). The output norm of a quadratic neuron, though, stands after the product: the biases of
+    (a.x + p) (b.x + q) add the linear part q a.x + p b.x, which no later norm replaces. There only a branch norm, which
+    QuadraLib's layers always have, takes the biases away: the default of `jaxeff.quadratic`'s own layers.
+    """
+    if layer.kind == "first_order":
+        return not (layer.norm or layer.branch_norm)
+    return not layer.branch_norm
 
 
 def _residual(layer, net: _Settings, x, train):

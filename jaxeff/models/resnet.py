@@ -22,7 +22,7 @@ def resnet(
       num_classes: width of the last layer.
       input_shape: (H, W, C).
       norm: norm after every convolution.
-      bias: bias of the convolutions; None means only without norm.
+      bias: bias of the convolutions; None means only without norm, see `spec.Conv`.
       shortcut: where the shape changes, "pad" (option A: no parameters) or "projection" (option B: 1x1 convolution).
       width: factor on 16, 32, 64.
 

@@ -34,7 +34,7 @@ def vgg(
       num_classes: width of the last layer.
       input_shape: (H, W, C).
       norm: norm after every convolution.
-      bias: bias of the convolutions; None means only without norm.
+      bias: bias of the convolutions; None means only without norm, see `spec.Conv`.
       width: factor on every width of the plan.
       dropout: rate before the last layer.
 

@@ -148,6 +148,29 @@ def test_other_norms_keep_no_statistics_and_biases_stand_only_where_no_norm_foll
     assert "bias" in jax.eval_shape(asked.init, KEY, jnp.ones((1, 6, 5, 2)))["params"]["conv1"]["layer"]
 
 
+@pytest.mark.parametrize(
+    ("branch_norm", "bias", "expected"), [(None, None, True), ("batch", None, False), (None, False, False)]
+)
+def test_biases_of_quadratic_projections_end_at_a_branch_norm_only(branch_norm, bias, expected):
+    net = spec.quadratize(vgg((4,), num_classes=3, input_shape=(6, 5, 2), bias=bias), "t4", branch_norm=branch_norm)
+    params = variables_of(Network(net, conv=quadratic.conv_layer))["params"]["conv1"]
+    assert {"bias_a", "bias_b"} <= set(params["layer"]) if expected else not {"bias_a", "bias_b"} & set(params["layer"])
+
+
+def test_a_later_norm_does_not_replace_the_biases_inside_a_product():
+    """(a.x + p) (b.x + q) and (a.x) (b.x) differ by a linear part, which is still there after a batch norm."""
+    net = spec.quadratize(vgg((4,), num_classes=3, input_shape=(6, 5, 2)), "t4")
+    network, x = Network(net, conv=quadratic.conv_layer), normal(9, 3, 6, 5, 2)
+    variables = variables_of(network)
+
+    def loss(params):
+        y, _ = network.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+        return jnp.sum(y**3)
+
+    gradient = once(jax.grad(loss))(variables["params"])["conv1"]["layer"]
+    assert min(np.abs(gradient[name]).max() for name in ("bias_a", "bias_b")) > 1e-2
+
+
 def test_dropout_acts_only_while_training():
     layers = (spec.Flatten("flatten"), spec.Dropout("dropout", 0.5))
     network, x = Network(spec.Architecture("net", (100,), layers)), np.ones((2, 100), np.float32)
