@@ -22,16 +22,16 @@ def paths(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> tuple[str
     """Names of the leaves, in the order of ``jax.tree.leaves``.
 
     Args:
-        tree: any pytree; leaves may be arrays, abstract arrays or anything else.
-        is_leaf: as for ``jax.tree.leaves``.
+      tree: any pytree; leaves may be arrays, abstract arrays or anything else.
+      is_leaf: as for ``jax.tree.leaves``.
 
     Returns:
-        One name per leaf: keys, field names and positions joined by ``/``. A tree that is a single leaf is named
-        ``""``.
+      One name per leaf: keys, field names and positions joined by ``/``. A tree that is a single leaf is named
+      ``""``.
 
     Example:
-        >>> paths({"conv1": {"kernel": 1.0, "bias": 2.0}, "head": (3.0,)})
-        ('conv1/bias', 'conv1/kernel', 'head/0')
+      >>> paths({"conv1": {"kernel": 1.0, "bias": 2.0}, "head": (3.0,)})
+      ('conv1/bias', 'conv1/kernel', 'head/0')
     """
     return tuple(_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf))
 
@@ -40,13 +40,13 @@ def flatten_names(tree: Tree) -> dict[str, Any]:
     """Dictionary from leaf name to leaf, in the order of ``paths``.
 
     Args:
-        tree: any pytree.
+      tree: any pytree.
 
     Returns:
-        ``{name: leaf}``.
+      ``{name: leaf}``.
 
     Raises:
-        ValueError: two leaves share a name, as in ``{"a/b": x, "a": {"b": y}}``.
+      ValueError: two leaves share a name, as in ``{"a/b": x, "a": {"b": y}}``.
     """
     names = paths(tree)
     _check_distinct(names)
@@ -57,16 +57,16 @@ def unflatten_names(flat: Mapping[str, Any], like: Tree | None = None) -> Tree:
     """Inverse of ``flatten_names``.
 
     Args:
-        flat: ``{name: leaf}``, in any order.
-        like: a tree with the wanted structure; its leaves are not read. Without it the result is nested dictionaries,
-            which is the original only when that was made of string-keyed dictionaries.
+      flat: ``{name: leaf}``, in any order.
+      like: a tree with the wanted structure; its leaves are not read. Without it the result is nested dictionaries,
+        which is the original only when that was made of string-keyed dictionaries.
 
     Returns:
-        The tree.
+      The tree.
 
     Raises:
-        ValueError: with ``like``: names are missing or left over (both are listed); without it: a name is a leaf and
-            also the beginning of another one.
+      ValueError: with ``like``: names are missing or left over (both are listed); without it: a name is a leaf and
+        also the beginning of another one.
     """
     if like is not None:
         names = paths(like)
@@ -107,10 +107,10 @@ def all_finite(tree: Tree) -> jax.Array:
     """Whether no leaf holds NaN or an infinity.
 
     Args:
-        tree: leaves of any dtype; integers, booleans and random keys are always finite.
+      tree: leaves of any dtype; integers, booleans and random keys are always finite.
 
     Returns:
-        Boolean scalar array; true for a tree without leaves.
+      Boolean scalar array; true for a tree without leaves.
     """
     inexact = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(shaped(leaf).dtype, jnp.inexact)]
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in inexact], dtype=bool))
@@ -120,13 +120,13 @@ def first_mismatch(a: Tree, b: Tree, names: tuple[str, str] = ("the first", "the
     """Says in one sentence how two trees differ in structure, shapes or dtypes; values are not compared.
 
     Args:
-        a: a tree of arrays or abstract arrays.
-        b: another.
-        names: what the sentence calls them, for instance ``("the checkpoint", "the model")``.
+      a: a tree of arrays or abstract arrays.
+      b: another.
+      names: what the sentence calls them, for instance ``("the checkpoint", "the model")``.
 
     Returns:
-        ``None`` when they are alike, otherwise the first difference, for instance
-        ``"'conv1/kernel' has shape (3, 3) in the checkpoint and (5, 5) in the model"``.
+      ``None`` when they are alike, otherwise the first difference, for instance
+      ``"'conv1/kernel' has shape (3, 3) in the checkpoint and (5, 5) in the model"``.
     """
     if not _same_structure(a, b):
         return _structure_mismatch(a, b, names)

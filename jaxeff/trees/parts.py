@@ -20,15 +20,15 @@ def map_named(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Maps ``fn(name, *leaves)`` over trees of one structure.
 
     Args:
-        fn: called once per leaf with its name and the leaf of every tree.
-        tree: gives the names and the structure of the result.
-        *rest: trees with the structure of ``tree``.
+      fn: called once per leaf with its name and the leaf of every tree.
+      tree: gives the names and the structure of the result.
+      *rest: trees with the structure of ``tree``.
 
     Returns:
-        The tree of results, structured as ``tree``.
+      The tree of results, structured as ``tree``.
 
     Raises:
-        ValueError: a tree of ``rest`` has another structure; the message names the first difference.
+      ValueError: a tree of ``rest`` has another structure; the message names the first difference.
     """
     leaves, treedef = _flatten(tree)
     columns = [leaves]
@@ -45,14 +45,14 @@ def select(tree: Tree, pattern: Pattern) -> Tree:
     """The part of a tree that a pattern names: ``partition(tree, pattern)[0]``.
 
     Args:
-        tree: any pytree.
-        pattern: a glob, several globs, or ``predicate(name, leaf) -> bool``.
+      tree: any pytree.
+      pattern: a glob, several globs, or ``predicate(name, leaf) -> bool``.
 
     Returns:
-        ``tree`` with ``None``, which holds no leaves, in place of everything else.
+      ``tree`` with ``None``, which holds no leaves, in place of everything else.
 
     Raises:
-        ValueError: a glob matches no leaf.
+      ValueError: a glob matches no leaf.
     """
     return partition(tree, pattern)[0]
 
@@ -64,15 +64,15 @@ def partition(tree: Tree, pattern: Pattern) -> tuple[Tree, Tree]:
     ``jax.tree.map`` see each half as an ordinary, smaller tree.
 
     Args:
-        tree: any pytree.
-        pattern: a glob, several globs (any may match), or ``predicate(name, leaf) -> bool``, which is called while
-            tracing and so may look at shapes and dtypes but not at values.
+      tree: any pytree.
+      pattern: a glob, several globs (any may match), or ``predicate(name, leaf) -> bool``, which is called while
+        tracing and so may look at shapes and dtypes but not at values.
 
     Returns:
-        ``(selected, rest)``; ``merge`` puts them together again.
+      ``(selected, rest)``; ``merge`` puts them together again.
 
     Raises:
-        ValueError: a glob matches no leaf. A predicate may select nothing.
+      ValueError: a glob matches no leaf. A predicate may select nothing.
     """
     leaves, treedef = _flatten(tree)
     names = paths(tree)
@@ -87,14 +87,14 @@ def merge(*parts: Tree) -> Tree:
     """Puts the parts of a ``partition`` together again.
 
     Args:
-        *parts: trees of one structure in which ``None`` marks a leaf that another part holds. Parts may themselves have
-            been partitioned further.
+      *parts: trees of one structure in which ``None`` marks a leaf that another part holds. Parts may themselves have
+        been partitioned further.
 
     Returns:
-        The whole tree; ``None`` stays where no part holds a leaf.
+      The whole tree; ``None`` stays where no part holds a leaf.
 
     Raises:
-        ValueError: two parts hold the same leaf, or the structures differ.
+      ValueError: two parts hold the same leaf, or the structures differ.
     """
     if not parts:
         raise ValueError("merge: give at least one part")
@@ -118,18 +118,18 @@ def labels(tree: Tree, rules: Mapping[str, Any] | Sequence[tuple[str, Any]]) -> 
     """A label per leaf, from the first glob that matches its name; made for ``optax.multi_transform``.
 
     Args:
-        tree: any pytree.
-        rules: ``{glob: label}`` or ``[(glob, label), ...]``, tried in order. End with ``"*"`` for a default.
+      tree: any pytree.
+      rules: ``{glob: label}`` or ``[(glob, label), ...]``, tried in order. End with ``"*"`` for a default.
 
     Returns:
-        A tree structured as ``tree`` whose leaves are labels.
+      A tree structured as ``tree`` whose leaves are labels.
 
     Raises:
-        ValueError: leaves that no rule matches, listed by name.
+      ValueError: leaves that no rule matches, listed by name.
 
     Example:
-        >>> labels({"conv": {"bias": 0.0, "kernel": 0.0}}, {"*/bias": "no_decay", "*": "decay"})
-        {'conv': {'bias': 'no_decay', 'kernel': 'decay'}}
+      >>> labels({"conv": {"bias": 0.0, "kernel": 0.0}}, {"*/bias": "no_decay", "*": "decay"})
+      {'conv': {'bias': 'no_decay', 'kernel': 'decay'}}
     """
     pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
     unmatched = []

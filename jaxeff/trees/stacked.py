@@ -18,13 +18,13 @@ def stack(trees: Sequence[Tree]) -> Tree:
     """Stacks trees along a new leading axis.
 
     Args:
-        trees: at least one tree; all with the same structure, shapes and dtypes.
+      trees: at least one tree; all with the same structure, shapes and dtypes.
 
     Returns:
-        One tree whose leaves are ``[len(trees), ...]``.
+      One tree whose leaves are ``[len(trees), ...]``.
 
     Raises:
-        ValueError: no trees, or two that differ; the message names the first difference.
+      ValueError: no trees, or two that differ; the message names the first difference.
     """
     trees = list(trees)
     _check_alike("stack", trees)
@@ -35,14 +35,14 @@ def unstack(tree: Tree, axis: int = 0) -> list[Tree]:
     """Splits a stacked tree into the list of its members.
 
     Args:
-        tree: leaves share the length of ``axis``.
-        axis: the axis that is removed.
+      tree: leaves share the length of ``axis``.
+      axis: the axis that is removed.
 
     Returns:
-        As many trees as ``axis`` is long.
+      As many trees as ``axis`` is long.
 
     Raises:
-        ValueError: a leaf has no such axis, or the lengths differ.
+      ValueError: a leaf has no such axis, or the lengths differ.
     """
     length = _stacked_length("unstack", tree, axis)
     leaves = jax.tree.leaves(tree)
@@ -55,16 +55,16 @@ def take(stacked: Tree, i: Any) -> Tree:
     """Member ``i`` of a stacked tree, or the members ``i`` when that is an array.
 
     Args:
-        stacked: leaves ``[K, ...]``.
-        i: integer or integer array ``[M]``, concrete or traced; negative counts from the end. Concrete indices are
-            checked; a traced one outside the range is clamped to it, as everywhere in JAX.
+      stacked: leaves ``[K, ...]``.
+      i: integer or integer array ``[M]``, concrete or traced; negative counts from the end. Concrete indices are
+        checked; a traced one outside the range is clamped to it, as everywhere in JAX.
 
     Returns:
-        Leaves ``[...]`` for an integer, ``[M, ...]`` for an array.
+      Leaves ``[...]`` for an integer, ``[M, ...]`` for an array.
 
     Raises:
-        ValueError: a concrete index is outside ``[-K, K)``, or the leaves disagree about ``K``.
-        TypeError: ``i`` does not hold integers.
+      ValueError: a concrete index is outside ``[-K, K)``, or the leaves disagree about ``K``.
+      TypeError: ``i`` does not hold integers.
     """
     length = _stacked_length("take", stacked, 0)
     if not jnp.issubdtype(jnp.result_type(i), jnp.integer):
@@ -85,17 +85,17 @@ def weighted_sum(trees: Tree | list[Tree], weights: Any, *, stacked: bool | None
     even where its weight is zero: replace it first (``optax.tree.where``).
 
     Args:
-        trees: a list of K trees alike in structure, shapes and dtypes, or one stacked tree with leaves ``[K, ...]``.
-        weights: ``[K]`` real numbers, concrete or traced.
-        stacked: whether ``trees`` is one stacked tree. By default a Python list is taken as separate trees and
-            everything else as stacked; say so when a stacked tree is itself a list.
+      trees: a list of K trees alike in structure, shapes and dtypes, or one stacked tree with leaves ``[K, ...]``.
+      weights: ``[K]`` real numbers, concrete or traced.
+      stacked: whether ``trees`` is one stacked tree. By default a Python list is taken as separate trees and
+        everything else as stacked; say so when a stacked tree is itself a list.
 
     Returns:
-        One tree, leaves ``[...]``.
+      One tree, leaves ``[...]``.
 
     Raises:
-        ValueError: the number of weights and members differ, trees differ, or a concrete weight is not finite.
-        TypeError: a leaf holds booleans or random keys, of which there is no weighted sum.
+      ValueError: the number of weights and members differ, trees differ, or a concrete weight is not finite.
+      TypeError: a leaf holds booleans or random keys, of which there is no weighted sum.
     """
     return _weighted("weighted_sum", trees, weights, stacked, mean=False)
 
@@ -106,17 +106,17 @@ def weighted_mean(trees: Tree | list[Tree], weights: Any, *, stacked: bool | Non
     Precision and dtypes are those of ``weighted_sum``.
 
     Args:
-        trees: as for ``weighted_sum``.
-        weights: ``[K]`` non-negative real numbers, for instance example counts; they need not sum to one. A traced
-            total of zero cannot be seen before the computation and gives NaN leaves.
-        stacked: as for ``weighted_sum``.
+      trees: as for ``weighted_sum``.
+      weights: ``[K]`` non-negative real numbers, for instance example counts; they need not sum to one. A traced
+        total of zero cannot be seen before the computation and gives NaN leaves.
+      stacked: as for ``weighted_sum``.
 
     Returns:
-        One tree, leaves ``[...]``.
+      One tree, leaves ``[...]``.
 
     Raises:
-        ValueError: as ``weighted_sum``; and concrete weights that are negative or sum to zero.
-        TypeError: as ``weighted_sum``.
+      ValueError: as ``weighted_sum``; and concrete weights that are negative or sum to zero.
+      TypeError: as ``weighted_sum``.
     """
     return _weighted("weighted_mean", trees, weights, stacked, mean=True)
 
