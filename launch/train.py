@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxeff import data, parallel, training
-from jaxeff.training.workdir import plain_config
+from jaxeff.training.workdir import FIGURES
 from launch import classifier, job
 
 
@@ -38,7 +38,8 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     modules = {name: classifier.network(net, train, config["dtype"]) for name, net in config["networks"].items()}
     methods = {name: classifier.method(module, config, train, steps) for name, module in modules.items()}
     reports = {name: classifier.costs_of(module, train.arrays["image"].shape[1:]) for name, module in modules.items()}
-    directory, _ = training.prepare_workdir(workdir, config, overwrite)
+    folders = {(name, seed): f"{name}/seed{seed}" for name in methods for seed in sources}
+    directory, settings = training.prepare_workdir(workdir, config, overwrite, folders.values())
 
     # ---- training ----------------------------------------------------------------------------------------------------
     results: dict[str, dict[int, training.FitResult]] = {name: {} for name in methods}
@@ -50,14 +51,13 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
                 lambda start, source=source: data.prefetch(source.starting_at(start), sharding=rows_of),
                 steps=steps,
                 key=jax.random.key(seed),
-                workdir=directory / name / f"seed{seed}",
+                workdir=directory / folders[name, seed],
                 evaluate_on=lambda: data.padded_batches(test.arrays, config["eval_batch_size"]),
                 eval_every=config["eval_every"] or max(1, steps // 10),
                 log_every=config["log_every"],
                 checkpoint_every=config["checkpoint_every"] or max(1, steps // 4),
                 keep=config["keep"],
-                config={**plain_config(config), "network": name, "seed": seed},
-                overwrite=overwrite,
+                config={**settings, "network": name, "seed": seed},
                 tensorboard=config["tensorboard"],
                 **placement,
             )
@@ -91,7 +91,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         "latency_batch": config["latency_batch"],
         "networks": rows,
     }
-    figures = directory / "figures"
+    figures = directory / FIGURES
     histories = {name.replace("_", " "): runs[config["seeds"][0]].history for name, runs in results.items()}
     training.learning_curves(histories, figures / "curves.png")
     training.comparison_figure(rows, figures / "comparison.png")

@@ -212,7 +212,7 @@ def fit(
         if checkpoints is not None:
             checkpoints.wait()
         if stop.signal is not None:
-            message = _how_to_resume(stop.signal, finished, steps, directory, overwrite)
+            message = _how_to_resume(stop.signal, finished, steps, directory)
             bar.note(message)
             raise Interrupted(finished, stop.signal, message)
     return FitResult(state, steps, log.rows, log.evaluation(steps))
@@ -315,19 +315,15 @@ def _common_length(batch: Batch) -> int | None:
 # ---- Errors ---------------------------------------------------------------------------------------------------------
 
 
-def _how_to_resume(signum: int, step: int, steps: int, directory: pathlib.Path | None, overwrite: bool) -> str:
+def _how_to_resume(signum: int, step: int, steps: int, directory: pathlib.Path | None) -> str:
     name = signal.Signals(signum).name
-    if step == 0:
-        return f"{name}: stopped before the first of {steps} steps; there was nothing to save yet"
     if directory is None:
         return f"{name}: stopped after step {step} of {steps}; nothing was saved, because there is no workdir"
-    # The same command again would delete what was just saved if it said overwrite.
-    how = (
-        "run the same command again, without overwrite, to go on"
-        if overwrite
-        else "run the same command again to go on"
-    )
-    return f"{name}: saved after step {step} of {steps}; {how} (workdir {directory})"
+    # The same command would delete what was just saved, or a job's earlier runs, if it said overwrite.
+    again = f"run the same command again, without overwrite, to go on (workdir {directory})"
+    if step == 0:
+        return f"{name}: stopped before the first of {steps} steps; there was nothing to save yet; {again}"
+    return f"{name}: saved after step {step} of {steps}; {again}"
 
 
 def _check_config(path: pathlib.Path, meta: Mapping[str, Any], config: dict[str, Any]) -> None:

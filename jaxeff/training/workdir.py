@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +20,9 @@ CONFIG = "config.json"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
+FIGURES = "figures"
+# In config.json while an overwrite is under way: the folders that it clears.
+CLEARING = "clearing"
 
 
 class ForeignWorkdir(ValueError):
@@ -26,7 +30,7 @@ class ForeignWorkdir(ValueError):
 
 
 def prepare_workdir(
-    workdir: str | os.PathLike[str], config: Any = None, overwrite: bool = False
+    workdir: str | os.PathLike[str], config: Any = None, overwrite: bool = False, runs: Iterable[str] = ()
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     """Makes a directory the work directory of a run, or finds that it is already.
 
@@ -36,8 +40,11 @@ def prepare_workdir(
     Args:
         workdir: the directory; created when missing.
         config: mapping (nested mappings, sequences, numbers, strings), or a ConfigDict; None is an empty one.
-        overwrite: start again: delete what runs write here (config, metrics, summary, checkpoints, TensorBoard files)
-            and nothing else.
+        overwrite: start again: delete what runs write here (config, metrics, summary, checkpoints, TensorBoard files,
+            PNGs in figures/) and nothing else. An overwrite that is cut short is completed by the next start, with or
+            without overwrite.
+        runs: where a job of several runs has their work directories below this one ("quadratic/seed0"). They are noted
+            in `config.json`; to overwrite the job is to overwrite those of this job and those of the job that was here.
 
     Returns:
         The absolute path and the config as plain JSON values.
@@ -45,28 +52,40 @@ def prepare_workdir(
     Raises:
         ForeignWorkdir: if the directory belongs to another config; lists the fields that differ. Nothing is changed.
         TypeError: if `config` is not a mapping.
+        ValueError: if one of `runs` is not below the directory.
     """
     path = pathlib.Path(workdir).absolute()
+    plain, runs = plain_config(config), list(runs)
+    for run in runs:
+        if not _below(run):
+            raise ValueError(f"runs: {run!r} is not a folder below the workdir {path}; give a relative path without ..")
     if path.exists() and not path.is_dir():
         raise ForeignWorkdir(f"workdir: {path} is a file, expected a directory; choose another name")
-    plain = plain_config(config)
-    if overwrite:
-        _clear(path)
-    elif (path / CONFIG).exists():
-        differences = config_differences(_read_config(path / CONFIG), plain)
+    there = _read_config(path / CONFIG, overwrite)
+    if there and not overwrite:
+        differences = config_differences(there["config"], plain)
         if differences:
             raise ForeignWorkdir(
                 f"workdir: {path} belongs to a run with another config: {_listed(differences)}. "
                 "Choose another workdir, or pass overwrite (--overwrite) to delete that run. Nothing was changed"
             )
-        return path, plain
-    elif any((path / name).exists() for name in (METRICS, CHECKPOINTS)):
+        if CLEARING not in there:
+            return path, plain
+    elif not overwrite and any((path / name).exists() for name in (METRICS, CHECKPOINTS)):
         raise ForeignWorkdir(
             f"workdir: {path} holds a run whose {CONFIG} is missing, so it cannot be told whether it is this one. "
             "Put the file back, choose another workdir, or pass overwrite (--overwrite). Nothing was changed"
         )
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / CONFIG, {"config": plain, **run_environment()})
+    content = {"config": plain, "runs": runs, **run_environment()}
+    if there or overwrite:
+        stale = list(dict.fromkeys([*there.get("runs", ()), *there.get(CLEARING, ()), *runs]))
+        # Said before anything is deleted, so that no start can take what a killed one left for results of its own.
+        write_json(path / CONFIG, {**content, CLEARING: stale})
+        for run in filter(_below, stale):
+            _clear(path, run)
+        _clear(path, ".")
+    write_json(path / CONFIG, content)
     return path, plain
 
 
@@ -133,18 +152,40 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     os.replace(temporary, path)
 
 
-def _clear(path: pathlib.Path) -> None:
-    for name in (METRICS, SUMMARY, CONFIG):
-        (path / name).unlink(missing_ok=True)
+def _clear(path: pathlib.Path, run: str) -> None:
+    """Deletes what a run wrote in a folder below `path`, or in `path` itself, and the folders left empty by that."""
+    folder = path / run
+    for name in (METRICS, SUMMARY) if folder == path else (METRICS, SUMMARY, CONFIG):
+        (folder / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, TENSORBOARD):
-        if (path / name).is_dir():
-            shutil.rmtree(path / name)
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+    for figure in (folder / FIGURES).glob("*.png"):
+        figure.unlink()
+    for emptied in (folder / FIGURES, folder, *folder.parents):
+        if emptied == path or not emptied.is_relative_to(path):
+            break
+        with contextlib.suppress(OSError):
+            emptied.rmdir()
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
+def _below(run: str) -> bool:
+    parts = pathlib.PurePath(run).parts
+    return bool(parts) and ".." not in parts and not pathlib.PurePath(run).is_absolute()
+
+
+def _read_config(path: pathlib.Path, overwrite: bool) -> dict[str, Any]:
+    """What `config.json` says; {} where there is none, or one of something else that may be overwritten."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["config"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(there["config"], dict):
+            raise TypeError("config is not an object")
+        return there
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        if overwrite:
+            return {}
         raise ForeignWorkdir(
             f"{path}: is not a config written by a run ({error!r}); choose another workdir or pass overwrite"
         ) from error

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,31 @@ def test_bad_configs_fail_before_anything_is_written(tmp_path, change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         train.run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_overwrite_that_is_interrupted_leaves_no_old_results_to_go_on_from(finished, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    taken = []
+
+    def recorded(batches, **options):
+        taken.append(0)
+        for batch in prefetch(batches, **options):
+            taken[-1] += 1
+            if len(taken) == 1 and taken[0] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    prefetch = data.prefetch
+    monkeypatch.setattr(data, "prefetch", recorded)
+    with pytest.raises(training.Interrupted):
+        train.run(tiny().lock(), str(workdir), overwrite=True)
+    assert "saved after step 3 of 8; run the same command again, without overwrite" in capsys.readouterr().err
+    assert {path.name for path in workdir.iterdir()} == {"config.json", "first_order"}
+    taken.append(None)
+    again = train.run(tiny().lock(), str(workdir))
+    assert taken[2:] == [5, 8]
+    assert [row["accuracy"] for row in again["networks"]] == [row["accuracy"] for row in finished[1]["networks"]]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def stopped(start_process, tmp_path_factory):
 def test_a_process_stopped_by_a_signal_ends_its_step_and_saves(stopped, signum):
     status, errors, workdir = stopped[signum]
     assert status == 128 + signum
-    assert f"{signum.name}: saved after step 8 of 16; run the same command again to go on" in errors
+    assert f"{signum.name}: saved after step 8 of 16; run the same command again, without overwrite, to go on" in errors
     assert Checkpoints(workdir / "checkpoints").latest() == 8
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 
 import jax
@@ -69,6 +70,61 @@ def test_overwriting_clears_what_runs_write_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("x")
     prepare_workdir(tmp_path, {"seed": 5}, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "data", "notes.md"]
+
+
+def job_of(path, *runs):
+    """A job's work directory in which every run has results of an earlier time, and somebody a file of their own."""
+    prepare_workdir(path, CONFIG, runs=runs)
+    for run in runs:
+        prepare_workdir(path / run, {**CONFIG, "run": run})
+        (path / run / "checkpoints" / "8").mkdir(parents=True)
+        (path / run / "metrics.jsonl").write_text("{}")
+    (path / "figures").mkdir()
+    (path / "figures" / "curves.png").write_text("old")
+    (path / "notes.md").write_text("mine")
+
+
+def test_overwriting_a_job_clears_its_runs_and_those_of_the_job_that_was_here(tmp_path):
+    job_of(tmp_path, "a/seed0", "a/seed1", "b/seed0")
+    (tmp_path / "a" / "seed1" / "notes.md").write_text("mine")
+    prepare_workdir(tmp_path / "c", {"another": "job"})
+    prepare_workdir(tmp_path, {"seed": 5}, overwrite=True, runs=["a/seed0", "d/seed0"])
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["a/seed1/notes.md", "c/config.json", "config.json", "notes.md"]
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_overwrite_that_was_cut_short_is_completed_by_the_next_start(tmp_path, monkeypatch):
+    job_of(tmp_path, "a/seed0", "b/seed0")
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        prepare_workdir(tmp_path, CONFIG, overwrite=True, runs=["a/seed0", "c/seed0"])
+    assert (tmp_path / "b" / "seed0" / "config.json").exists()
+    prepare_workdir(tmp_path, CONFIG, runs=["a/seed0", "c/seed0"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.md"]
+    prepare_workdir(tmp_path / "a" / "seed0", CONFIG)
+    prepare_workdir(tmp_path, CONFIG, runs=["a/seed0", "c/seed0"])
+    assert (tmp_path / "a" / "seed0" / "config.json").exists()
+
+
+@pytest.mark.parametrize("run", ["../other", "a/../../b", "/tmp/run", ""])
+def test_runs_outside_the_work_directory_are_refused(tmp_path, run):
+    with pytest.raises(ValueError, match="is not a folder below the workdir"):
+        prepare_workdir(tmp_path / "job", CONFIG, overwrite=True, runs=[run])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_file_that_names_folders_elsewhere_clears_nothing_there(tmp_path):
+    prepare_workdir(tmp_path / "other", CONFIG)
+    path, _ = prepare_workdir(tmp_path / "job", CONFIG)
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**content, "runs": ["../other", str(tmp_path / "other")]}))
+    prepare_workdir(path, CONFIG, overwrite=True)
+    assert (tmp_path / "other" / "config.json").exists()
 
 
 def test_a_run_without_its_config_file_is_not_taken_over(tmp_path):
