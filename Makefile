@@ -34,7 +34,7 @@ results: $(STAMP)
 
 notebooks: $(STAMP)
 	$(BIN)/python -m launch.address
-	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
+	$(BIN)/python -m launch.notebooks
 	$(BIN)/python -m pytest tests/notebooks
 
 # No installation: the Python on the PATH, and nothing that it lacks.

@@ -1,10 +1,13 @@
 """Every notebook runs to its asserts, and says what its paired .py says."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+
+from launch.notebooks import executed
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
@@ -24,6 +27,33 @@ def test_the_notebook_holds_the_cells_of_its_source(source):
     here = [cell.source for cell in jupytext.read(source).cells]
     there = [cell.source for cell in jupytext.read(source.with_suffix(".ipynb")).cells]
     assert there == here, "run `make notebooks`"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=names(SOURCES))
+def test_the_notebook_shows_its_results_and_nothing_of_the_machine(source):
+    nbformat = pytest.importorskip("nbformat")
+    text = source.with_suffix(".ipynb").read_text()
+    notebook = nbformat.reads(text, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run `make notebooks`"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {"stream", "display_data"} <= {output.output_type for output in outputs}
+    assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert set(notebook.metadata) == {"jupytext", "kernelspec"}
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert not re.search(r"(?<![\w.])/(home|root|tmp|Users|usr|opt|work)/", printed)
+    assert len(text) < 300_000
+
+
+def test_an_executed_notebook_is_written_without_what_differs_each_time(tmp_path):
+    pytest.importorskip("jupytext"), pytest.importorskip("nbclient")
+    source = tmp_path / "tiny.py"
+    source.write_text("# # Title\n\n# +\nimport sys\n\nprint(6 * 7)\nprint('noise', file=sys.stderr)\n")
+    first = executed(source)
+    assert executed(source) == first
+    assert '"42\\n"' in first and '"noise\\n"' not in first and "timestamp" not in first
 
 
 @pytest.mark.notebooks
