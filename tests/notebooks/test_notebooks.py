@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from launch.notebooks import executed
+from launch.notebooks import executed, main
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
@@ -45,6 +45,11 @@ def test_the_notebook_shows_its_results_and_nothing_of_the_machine(source):
     printed = "".join(output.get("text", "") for output in outputs)
     assert not re.search(r"(?<![\w.])/(home|root|tmp|Users|usr|opt|work)/", printed)
     assert len(text) < 300_000
+
+
+def test_an_unknown_notebook_is_an_error_that_lists_the_known():
+    with pytest.raises(SystemExit, match="no notebook is called nothing; there are: quickstart"):
+        main(["nothing"])
 
 
 def test_an_executed_notebook_is_written_without_what_differs_each_time(tmp_path):
