@@ -57,11 +57,12 @@ def main(run: Callable[..., Any], description: str) -> None:
 def latencies(
     networks: Mapping[str, tuple[nn.Module, training.TrainState]], shape: tuple[int, ...], batch: int
 ) -> dict[str, float]:
-    """Milliseconds of one inference call on `batch` images of `shape`, all networks taking turns."""
+    """Milliseconds of one inference call on `batch` images of `shape` on one device, all networks taking turns."""
     images = jax.random.normal(jax.random.key(0), (batch, *shape))
 
     def contestant(module, state):
         variables = {"params": state.evaluation_params, **state.model_state}
+        variables = jax.device_put(jax.device_get(variables), jax.local_devices()[0])
         predict = jax.jit(lambda variables, images: module.apply(variables, images))
         return lambda: predict(variables, images)
 

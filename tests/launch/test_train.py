@@ -162,7 +162,7 @@ def test_an_unknown_field_on_the_command_line_lists_the_valid_ones(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_the_middle_ends_in_the_same_parameters(tmp_path):
+def test_a_run_killed_in_the_middle_ends_in_the_same_parameters(tmp_path, final_params):
     options = ["--config.networks.first_order.options.widths=(2, 3, 4)", "--config.steps=150", "--config.log_every=5"]
     whole = command(tmp_path / "whole", *options)
     assert whole.returncode == 0, whole.stderr
@@ -177,22 +177,10 @@ def test_a_run_killed_in_the_middle_ends_in_the_same_parameters(tmp_path):
     resumed = command(tmp_path / "cut", *options)
     assert resumed.returncode == 0, resumed.stderr
     for name in ("first_order", "quadratic"):
-        one, other = (_final_params(tmp_path / run / name / "seed0") for run in ("whole", "cut"))
+        one, other = (final_params(tmp_path / run / name / "seed0") for run in ("whole", "cut"))
         assert jax.tree.structure(one) == jax.tree.structure(other)
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
             np.testing.assert_array_equal(a, b)
-
-
-def _final_params(run: pathlib.Path):
-    digits = data.load("digits", "train[:64]")
-    config = quickstart.get_config("smoke")
-    if run.parent.name == "first_order":
-        config.networks.first_order.options.widths = (2, 3, 4)
-    module = classifier.network(config.networks[run.parent.name], digits)
-    batch = data.Batches(digits.arrays, config.batch_size, seed=0).batch(0)
-    like = jax.eval_shape(classifier.method(module, config, digits, 1000).init, jax.random.key(0), batch)
-    with training.Checkpoints(run / "checkpoints") as checkpoints:
-        return checkpoints.restore(like)[0].params
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist_vgg", "cifar10_qvgg7", "cifar10_resnet"])
