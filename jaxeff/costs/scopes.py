@@ -13,6 +13,8 @@ Scope = tuple[str, ...]
 
 _WRAPPED = re.compile(r"(?:jvp|vmap|transpose)\((.*)\)")
 _SEPARATOR = re.compile(r"/(?![^(]*\))")  # a slash that is not inside parentheses
+# What `jaxeff.ops` tells `jaxeff.costs.macs` about the form of one convolution; no layer.
+_FORM = re.compile(r"(?:spare_rows|spare_gradient_rows|real_positions)_\d+|with_margins(?:_-?\d+x-?\d+x\d+)+")
 _RECOMPUTED = "rematted_computation"  # what jax names the second forward pass of a checkpointed function
 
 
@@ -40,7 +42,7 @@ def _names(stack: str) -> Scope:
             if names[start] != marked[start] and names[start : 2 * start] == names[:start]:
                 names = names[start:]
                 break
-    return tuple(name for part in names for name in part.split("/") if name)
+    return tuple(name for part in names for name in part.split("/") if name and not _FORM.fullmatch(name))
 
 
 def _unwrapped(part: str) -> str:

@@ -15,7 +15,6 @@ Letters used below: N batch, I and O input and output channels, G groups.
 """
 
 import contextlib
-import contextvars
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -34,8 +33,13 @@ Impl = Literal["lax", "canonical", "auto"]
 IMPLS: tuple[str, ...] = ("lax", "canonical", "auto")
 PADDINGS: tuple[str, ...] = ("SAME", "SAME_LOWER", "VALID")
 
-_IMPL: contextvars.ContextVar[str] = contextvars.ContextVar("jaxeff_conv_impl", default="auto")
-_UNROLL: contextvars.ContextVar[int] = contextvars.ContextVar("jaxeff_conv_unroll", default=32)
+# (impl, unroll); part of what JAX remembers traces by.
+_CHOICE = jax.make_user_context(("auto", None))
+
+# Written out, a mapped axis costs compile time for every member; in a loop, a result is cleared before it is filled,
+# which only large results notice.
+MAX_UNROLLED = 32
+MIN_UNROLLED_BYTES = 2**19
 
 
 def conv_general_dilated(
@@ -87,7 +91,7 @@ def conv_general_dilated(
         groups that do not divide the channels.
       TypeError: if input and kernel differ in dtype.
     """
-    chosen = _checked_impl(_IMPL.get() if impl is None else impl)
+    chosen = _checked_impl(_CHOICE.value[0] if impl is None else impl)
     _check_operands(lhs, rhs, dimension_numbers, feature_group_count, batch_group_count)
     _check_window(lhs, window_strides, padding, lhs_dilation, rhs_dilation)
     use_lax = chosen == "lax" or (chosen == "auto" and jax.default_backend() != "cpu")
@@ -130,31 +134,29 @@ def conv_general_dilated(
 def conv_impl(impl: Impl, *, unroll: int | None = None) -> Iterator[None]:
     """Chooses the implementation of every convolution traced inside the `with` block that does not choose itself.
 
-    The choice is not part of what JAX remembers a trace by: a function that jit or scan has traced before keeps the
-    implementation it was traced with. Enter the context before the first trace, or pass `impl` to the call.
+    JAX traces a jitted function anew when it is called under another choice.
 
     Args:
       impl: "lax", "canonical" or "auto", see `conv_general_dilated`.
       unroll: how many separate convolutions or matrix products `vmap` may write out for one mapped operation; where
-        the mapped axis needs more, it becomes a `lax.map`. None leaves it as it is (32 outside any context).
+        the mapped axis needs more, it becomes a `lax.map`. None leaves it as it is: outside any context 32 where one
+        result has half a mebibyte or more, else 0.
 
     Raises:
       ValueError: for an unknown `impl` or a negative `unroll`.
     """
     if unroll is not None and unroll < 0:
         raise ValueError(f"unroll must be >= 0 (0 makes every mapped axis a lax.map), got {unroll}")
-    token = _IMPL.set(_checked_impl(impl))
-    unroll_token = _UNROLL.set(_UNROLL.get() if unroll is None else unroll)
-    try:
+    with _CHOICE((_checked_impl(impl), _CHOICE.value[1] if unroll is None else unroll)):
         yield
-    finally:
-        _UNROLL.reset(unroll_token)
-        _IMPL.reset(token)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
-    return _forward(window, k.shape)(x, k)
+    rows = lowering.spare_rows(window, x.shape, k.shape, x.dtype)
+    y = _forward(window, rows, x, k)(x, k)
+    # Cut off outside of the mapped operation, where XLA fuses the cut with what reads the result.
+    return lax.slice_in_dim(y, 0, y.shape[1] - rows, axis=1) if rows else y
 
 
 def _conv_fwd(window, x, k):
@@ -188,7 +190,7 @@ def _input_gradient(window: Window, x_shape: tuple[int, ...], k: jax.Array, g: j
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _weight_gradient(window: Window, k_shape: tuple[int, ...], x: jax.Array, g: jax.Array) -> jax.Array:
-    return _weight(window, k_shape)(x, g)
+    return _weight(window, k_shape, x)(x, g)
 
 
 def _weight_gradient_fwd(window, k_shape, x, g):
@@ -206,7 +208,7 @@ _weight_gradient.defvjp(_weight_gradient_fwd, _weight_gradient_bwd)
 # --- the batching rule ------------------------------------------------------------------------------------------------
 
 
-def _mappable(compute, calls, merge=None):
+def _mappable(compute, calls, result_bytes, merge=None):
     """Wraps a binary function so that a mapped axis becomes separate calls instead of one grouped convolution.
 
     Args:
@@ -228,7 +230,7 @@ def _mappable(compute, calls, merge=None):
             return merge(op, a, b), True
         if calls == 0:
             return jax.vmap(compute, tuple(0 if is_mapped else None for is_mapped in in_batched))(a, b), True
-        if axis_size == 1 or (axis_size and axis_size * calls <= _UNROLL.get()):
+        if axis_size == 1 or (axis_size and axis_size * calls <= _unroll_limit(result_bytes)):
             parts = [op(a[i] if a_mapped else a, b[i] if b_mapped else b) for i in range(axis_size)]
             return jnp.stack(parts), True
         mapped = tuple(operand for operand, is_mapped in ((a, a_mapped), (b, b_mapped)) if is_mapped)
@@ -242,18 +244,27 @@ def _mappable(compute, calls, merge=None):
     return op
 
 
-def _forward(window: Window, k_shape: tuple[int, ...]):
+def _forward(window: Window, rows: int, x: jax.Array, k: jax.Array):
     def merge(op, x, k):
         y = op(x.reshape(-1, *x.shape[2:]), k)
         return y.reshape(*x.shape[:2], *y.shape[1:])
 
-    return _mappable(partial(lowering.convolve, window), lowering.separate_calls(window, k_shape), merge)
+    result = (x.shape[0], *lowering.out_shape(window, x.shape, k.shape), k.shape[-1])
+    size = math.prod(result) * np.dtype(window.out_dtype or x.dtype).itemsize
+    compute = partial(lowering.convolve, window, rows=rows)
+    return _mappable(compute, lowering.separate_calls(window, k.shape), size, merge)
 
 
-def _weight(window: Window, k_shape: tuple[int, ...]):
-    taps = math.prod(k_shape[:-2])
-    calls = lowering.separate_calls(window, k_shape) * (taps if taps <= lowering.MAX_TAPS else 1)
-    return _mappable(partial(lowering.weight_gradient, window, k_shape), calls)
+def _weight(window: Window, k_shape: tuple[int, ...], x: jax.Array):
+    calls = lowering.separate_weight_calls(window, k_shape, x.shape, x.dtype)
+    return _mappable(partial(lowering.weight_gradient, window, k_shape), calls, math.prod(k_shape) * x.dtype.itemsize)
+
+
+def _unroll_limit(result_bytes: int) -> int:
+    chosen = _CHOICE.value[1]
+    if chosen is not None:
+        return chosen
+    return MAX_UNROLLED if result_bytes >= MIN_UNROLLED_BYTES else 0
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------

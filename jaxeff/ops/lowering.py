@@ -1,18 +1,26 @@
 """How one channels-last convolution, and its weight gradient, is handed to XLA.
 
-Three forms compute the same numbers; which one is fast depends on the shape and, on CPU, on what XLA's convolution
+Several forms compute the same numbers; which one is fast depends on the shape and, on CPU, on what XLA's convolution
 does badly:
 
-* `direct`: one `lax.conv_general_dilated` in NHWC / HWIO, the layout XLA's CPU convolution is written for;
+* `direct`: one `lax.conv_general_dilated` in NHWC / HWIO, the layout XLA's CPU convolution is written for, with one
+  spare row where that keeps it on all threads;
+* `pointwise`: a 1x1 convolution as one matrix product;
 * `shifts`: one matrix product (or, depthwise, one multiply-add) per kernel tap over a shifted view of the input;
 * `per group`: each channel group on its own, because grouped convolutions run on a slow path.
+
+Spare rows: XLA's CPU compiler (jax 0.10 and 0.11) gives a two-dimensional float32 convolution to YNNPACK, which runs
+most sizes of it on one thread and is up to twenty times slower than Eigen where the batch acts as the channels. It
+leaves to Eigen, which uses every thread, what has an output taller than the input or a kernel taller than the input. So
+one row more is computed and thrown away, or one row of zeros is put under the output gradient. Name scopes say so to
+`jaxeff.costs` ("spare_rows_1", "real_positions_49"), which counts what was asked for.
 
 Nothing here is differentiated by JAX: `jaxeff.ops.conv` defines the derivatives in terms of these functions.
 Letters: N batch, I and O input and output channels, G groups, taps = kernel positions.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +32,14 @@ from jax import lax
 MAX_SEPARATE_GROUPS = 32
 # Above this many taps (a 7x7 kernel), one product per tap loses to a single convolution.
 MAX_TAPS = 49
+# Part of a convolution that may be computed for nothing so that all threads compute the rest.
+MAX_SPARE = 0.35
+# XLA leaves convolutions to Eigen by itself where neither channel count is above this.
+MAX_EIGEN_CHANNELS = 16
+# With fewer input channels (a first layer) YNNPACK is as fast on one thread as Eigen on two.
+MIN_PACKED_CHANNELS = 8
+# With fewer images one product per tap beats the convolution in which the batch acts as the channels.
+MIN_BATCH = 4
 
 
 class Window(NamedTuple):
@@ -38,27 +54,33 @@ class Window(NamedTuple):
     out_dtype: Any = None
 
 
-def convolve(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
-    """Convolution of x [N, *space, I] with k [*kernel, I/G, O], giving [N, *out_space, O]."""
+def convolve(window: Window, x: jax.Array, k: jax.Array, rows: int = 0) -> jax.Array:
+    """Convolution of x [N, *space, I] with k [*kernel, I/G, O], giving [N, *out_space, O].
+
+    The output has `rows` (see `spare_rows`) more rows than asked for, at the bottom of its first spatial axis.
+    """
     groups = window.groups
     if groups == 1:
-        return _direct(window, x, k)
+        return _direct(window, x, k, rows)
     if _is_depthwise(window, k.shape):
         return _depthwise(window, x, k)
     if groups <= MAX_SEPARATE_GROUPS:
         one = window._replace(groups=1)
         pairs = zip(jnp.split(x, groups, axis=-1), jnp.split(k, groups, axis=-1), strict=True)
-        return jnp.concatenate([_direct(one, xg, kg) for xg, kg in pairs], axis=-1)
+        return jnp.concatenate([_direct(one, xg, kg, rows) for xg, kg in pairs], axis=-1)
     return _direct(window, x, k)
 
 
 def weight_gradient(window: Window, k_shape: tuple[int, ...], x: jax.Array, g: jax.Array) -> jax.Array:
     """Gradient of the kernel [*kernel, I/G, O] from the input x and the output gradient g [N, *out_space, O]."""
-    groups, taps = window.groups, math.prod(k_shape[:-2])
+    groups = window.groups
     if groups == 1:
-        if taps <= MAX_TAPS:
+        rows = _spare_gradient_rows(window, k_shape, x.shape, x.dtype)
+        if rows is not None:
+            return _dense_weight_by_convolution(window, k_shape, x, g, rows)
+        if math.prod(k_shape[:-2]) <= MAX_TAPS:
             return _dense_weight_by_shifts(window, k_shape, x, g)
-        return _dense_weight_by_convolution(window, k_shape, x, g)
+        return _turned(_direct, window, k_shape, x, g)
     if _is_depthwise(window, k_shape):
         return _depthwise_weight(window, k_shape, x, g)
     if groups <= MAX_SEPARATE_GROUPS:
@@ -73,6 +95,28 @@ def dilated(size: int, dilation: int) -> int:
     return (size - 1) * dilation + 1 if size else 0
 
 
+def out_shape(window: Window, x_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Lengths of the spatial axes of the output."""
+    dilated_in = (dilated(size, d) for size, d in zip(x_shape[1:-1], window.lhs_dilation, strict=True))
+    reach = (dilated(size, d) for size, d in zip(k_shape[:-2], window.rhs_dilation, strict=True))
+    sizes = zip(dilated_in, window.padding, reach, window.strides, strict=True)
+    return tuple(max((low + size + high - r) // s + 1, 0) for size, (low, high), r, s in sizes)
+
+
+def spare_rows(window: Window, x_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: Any) -> int:
+    """How many rows `convolve` should compute beyond those asked for, because it is faster with them on CPU."""
+    i, o = k_shape[-2], k_shape[-1] // window.groups
+    one = window._replace(groups=1)
+    if separate_calls(window, k_shape) != window.groups or not _is_plain_2d(one, x_shape, dtype):
+        return 0
+    if max(i, o) <= MAX_EIGEN_CHANNELS or i < MIN_PACKED_CHANNELS or _must_have_margins(window, x_shape, k_shape):
+        return 0
+    out = out_shape(window, x_shape, k_shape)
+    rows = x_shape[1] + 1 - out[0]
+    pays = math.prod(k_shape[:-2]) > 1 and 0 < rows <= MAX_SPARE * out[0]
+    return rows if pays and out[1] <= x_shape[2] else 0
+
+
 def separate_calls(window: Window, k_shape: tuple[int, ...]) -> int:
     """How many convolutions `convolve` writes: 0 if element-wise, one a group if groups are apart, else 1."""
     if _is_depthwise(window, k_shape):
@@ -80,17 +124,44 @@ def separate_calls(window: Window, k_shape: tuple[int, ...]) -> int:
     return window.groups if window.groups <= MAX_SEPARATE_GROUPS else 1
 
 
+def separate_weight_calls(window: Window, k_shape: tuple[int, ...], x_shape: tuple[int, ...], dtype: Any) -> int:
+    """How many convolutions or products `weight_gradient` writes for an input of this shape and dtype."""
+    groups, taps = separate_calls(window, k_shape), math.prod(k_shape[:-2])
+    apart = groups == window.groups
+    if apart and _spare_gradient_rows(window._replace(groups=1), k_shape, x_shape, dtype) is not None:
+        return groups
+    return groups * taps if taps <= MAX_TAPS or not apart else groups
+
+
 def _is_depthwise(window: Window, k_shape: tuple[int, ...]) -> bool:
     return window.groups > 1 and k_shape[-2] == 1 and math.prod(k_shape[:-2]) <= MAX_TAPS
 
 
-def _direct(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
-    if any(low < 0 or high < 0 for low, high in window.padding):
-        # XLA's CPU convolution reads outside its input when padding is negative (jax 0.10.2), so we crop instead.
-        x, window = (
-            _with_margins(window, x),
-            window._replace(padding=((0, 0),) * (x.ndim - 2), lhs_dilation=(1,) * (x.ndim - 2)),
-        )
+def _direct(window: Window, x: jax.Array, k: jax.Array, rows: int = 0) -> jax.Array:
+    if _is_pointwise(window, k.shape):
+        return _pointwise(window, x, k)
+    if _must_have_margins(window, x.shape, k.shape):
+        margins = zip(window.padding, window.lhs_dilation, strict=True)
+        with jax.named_scope("with_margins" + "".join(f"_{low}x{high}x{d}" for (low, high), d in margins)):
+            return _convolution(_without_margins(window), _with_margins(window, x), k)
+    if rows:
+        (low, high), *others = window.padding
+        with jax.named_scope(f"spare_rows_{rows}"):
+            return _convolution(window._replace(padding=((low, high + rows), *others)), x, k)
+    return _convolution(window, x, k)
+
+
+def _must_have_margins(window: Window, x_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> bool:
+    """Whether x must be padded or cropped before the convolution.
+
+    XLA's CPU convolution reads outside its input when padding is negative (jax 0.10.2), and exchanges a kernel that is
+    larger than the input with it, which ends on the scalar path.
+    """
+    larger = any(size > length for size, length in zip(k_shape[:-2], x_shape[1:-1], strict=True))
+    return larger or any(low < 0 or high < 0 for low, high in window.padding)
+
+
+def _convolution(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(
         x,
         k,
@@ -103,6 +174,24 @@ def _direct(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
         precision=window.precision,
         preferred_element_type=window.out_dtype,
     )
+
+
+def _is_plain_2d(window: Window, x_shape: tuple[int, ...], dtype: Any) -> bool:
+    steps = {*window.strides, *window.lhs_dilation}
+    return len(x_shape) == 4 and dtype == jnp.float32 and window.groups == 1 and steps == {1}
+
+
+def _is_pointwise(window: Window, k_shape: tuple[int, ...]) -> bool:
+    plain = all(pair == (0, 0) for pair in window.padding) and all(d == 1 for d in window.lhs_dilation)
+    return plain and window.groups == 1 and math.prod(k_shape[:-2]) == 1
+
+
+def _pointwise(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
+    """A 1x1 convolution as one matrix product."""
+    view = lax.slice(x, (0,) * x.ndim, x.shape, (1, *window.strides, 1))
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    kernel = k.reshape(k.shape[-2:])
+    return lax.dot_general(view, kernel, dims, precision=window.precision, preferred_element_type=window.out_dtype)
 
 
 def _depthwise(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
@@ -140,14 +229,27 @@ def _named(name: str, function):
 
 def _dense_weight_by_shifts(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
     contract = tuple(range(x.ndim - 1))
-    views = [view for _, view in _shifted_views(window, k_shape, x)]
+    dims = ((contract, contract), ((), ()))
     # XLA transposes the left operand of these products and vectorises over the channels of the right one: the gradient
     # on the left is transposed once for all taps, which pays as long as the input has no fewer channels.
     gradient_left = k_shape[-2] >= k_shape[-1]
-    pairs = [(g, view) if gradient_left else (view, g) for view in views]
-    dims = ((contract, contract), ((), ()))
-    stacked = jnp.stack([lax.dot_general(a, b, dims, precision=window.precision) for a, b in pairs])
+    products = []
+    for tap, view in _shifted_views(window, k_shape, x):
+        a, b = (g, view) if gradient_left else (view, g)
+        with jax.named_scope(f"real_positions_{_real_positions(window, tap, x.shape, g.shape)}"):
+            products.append(lax.dot_general(a, b, dims, precision=window.precision))
+    stacked = jnp.stack(products)
     return (jnp.swapaxes(stacked, 1, 2) if gradient_left else stacked).reshape(k_shape)
+
+
+def _real_positions(window: Window, tap: tuple[int, ...], x_shape: tuple[int, ...], g_shape: tuple[int, ...]) -> int:
+    """At how many output positions this tap of the kernel meets an element of the input and neither margin nor hole."""
+    count = x_shape[0]
+    for axis, (low, _) in enumerate(window.padding):
+        at = np.arange(g_shape[1 + axis]) * window.strides[axis] + tap[axis] * window.rhs_dilation[axis] - low
+        dilation = window.lhs_dilation[axis]
+        count *= int(np.count_nonzero((at >= 0) & (at < dilated(x_shape[1 + axis], dilation)) & (at % dilation == 0)))
+    return count
 
 
 def _grouped_weight_by_shifts(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
@@ -160,8 +262,31 @@ def _grouped_weight_by_shifts(window: Window, k_shape, x: jax.Array, g: jax.Arra
     return jnp.stack(products).reshape(k_shape)
 
 
-def _dense_weight_by_convolution(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
+def _spare_gradient_rows(window: Window, k_shape, x_shape: tuple[int, ...], dtype: Any) -> int | None:
+    """Rows of zeros that make the output gradient taller than the input; None where that cannot be or would not pay."""
+    if not _is_plain_2d(window, x_shape, dtype) or math.prod(k_shape[:-2]) == 1 or x_shape[0] < MIN_BATCH:
+        return None
+    _, height, width, _ = x_shape
+    out = out_shape(window, x_shape, k_shape)
+    rows = max(height + 1 - out[0], 0)
+    # XLA exchanges input and gradient where the gradient has more positions, so the input gets its margins beforehand.
+    exchanged = (out[0] + rows) * out[1] > height * (width + sum(window.padding[1]))
+    crops = any(low < 0 or high < 0 for low, high in window.padding)
+    return None if crops or exchanged or rows > MAX_SPARE * out[0] else rows
+
+
+def _dense_weight_by_convolution(window: Window, k_shape, x: jax.Array, g: jax.Array, rows: int) -> jax.Array:
     """The batch acts as the channels, so both operands are transposed first and the result is channels-last again."""
+    tall, wide = window.padding
+
+    zero = jnp.zeros((), x.dtype)
+    wider = lax.pad(x, zero, [(0, 0, 0), (0, 0, 0), (*wide, 0), (0, 0, 0)])
+    taller = lax.pad(g, zero, [(0, 0, 0), (0, rows, 0), (0, 0, 0), (0, 0, 0)])
+    with jax.named_scope(f"spare_gradient_rows_{rows}"), jax.named_scope(f"with_margins_0x0x1_{wide[0]}x{wide[1]}x1"):
+        return _turned(_convolution, window._replace(padding=(tall, (0, 0))), k_shape, wider, taller)
+
+
+def _turned(convolution: Callable[..., jax.Array], window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
     space = tuple(range(1, x.ndim - 1))
     padding = []
     for axis, (low, _) in enumerate(window.padding):
@@ -172,7 +297,7 @@ def _dense_weight_by_convolution(window: Window, k_shape, x: jax.Array, g: jax.A
     turned = Window(
         window.rhs_dilation, tuple(padding), window.lhs_dilation, window.strides, precision=window.precision
     )
-    dk = _direct(turned, x.transpose(x.ndim - 1, *space, 0), g.transpose(*space, 0, x.ndim - 1))
+    dk = convolution(turned, x.transpose(x.ndim - 1, *space, 0), g.transpose(*space, 0, x.ndim - 1))
     return dk.transpose(*space, 0, x.ndim - 1)
 
 
@@ -194,6 +319,12 @@ def _shifted_views(window: Window, k_shape, x: jax.Array) -> Iterator[tuple[tupl
 def _with_margins(window: Window, x: jax.Array) -> jax.Array:
     margins = [(low, high, d - 1) for (low, high), d in zip(window.padding, window.lhs_dilation, strict=True)]
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
+
+
+def _without_margins(window: Window) -> Window:
+    """The window for an input that has the margins already."""
+    n = len(window.padding)
+    return window._replace(padding=((0, 0),) * n, lhs_dilation=(1,) * n)
 
 
 def _channels_last(rank: int) -> lax.ConvDimensionNumbers:

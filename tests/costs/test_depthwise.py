@@ -192,7 +192,6 @@ def test_mobilenet_and_its_gradient_count_the_same_in_both_implementations(conve
     rest = {name: part for name, part in variables.items() if name != "params"}
 
     def counts(impl, transform):
-        # A function of its own for each implementation: JAX remembers traces by the function.
         def forward(params, rest):
             return model.apply({"params": params, **rest}, images).sum()
 
@@ -203,9 +202,4 @@ def test_mobilenet_and_its_gradient_count_the_same_in_both_implementations(conve
         return {row.name.split("/")[1]: row.macs for row in report.rows if row.macs}
 
     assert counts("canonical", lambda forward: forward) == counts("lax", lambda forward: forward)
-    stock, ours = counts("lax", jax.grad), counts("canonical", jax.grad)
-    if convention == "xla":
-        # The weight gradient of the dense 3x3 stem is one matrix product per tap, and a matrix product has no padding.
-        padding = 2 * 8 * 3 * (9 * 9**2 - real_taps((9, 9), (3, 3), padding=((1, 1), (1, 1))))
-        assert ours.pop("conv1") == stock.pop("conv1") + padding
-    assert ours == stock
+    assert counts("canonical", jax.grad) == counts("lax", jax.grad)

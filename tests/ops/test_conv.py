@@ -76,10 +76,11 @@ def by_loops(x, k, strides, padding, lhs_dilation, rhs_dilation, groups, cotange
 
 
 def case(
-    space=(7, 8), kernel=(3, 3), channels=3, features=4, strides=None, padding="SAME", lhs=None, rhs=None, groups=1
-):
+    space=(7, 8), kernel=(3, 3), channels=3, features=4, strides=None, padding="SAME", lhs=None, rhs=None, groups=1,
+    batch=2,
+):  # fmt: skip
     ones = (1,) * len(space)
-    return dict(space=space, kernel=kernel, channels=channels, features=features, strides=strides or ones,
+    return dict(batch=batch, space=space, kernel=kernel, channels=channels, features=features, strides=strides or ones,
                 padding=padding, lhs=lhs or ones, rhs=rhs or ones, groups=groups)  # fmt: skip
 
 
@@ -90,6 +91,7 @@ DEPTHWISE = dict(channels=3, features=3, groups=3)
 TWICE = dict(channels=3, features=6, groups=3)
 MANY = dict(space=(4, 5), channels=80, features=40, groups=40)
 BIG = dict(kernel=(8, 8))
+WIDE = dict(batch=4, space=(7, 8), channels=8, features=20)
 CASES = {
     **{
         f"stride{s}-{name}": case(strides=(s, s), padding=PADDINGS[name])
@@ -127,6 +129,17 @@ CASES = {
     "big-kernel-negative": case(space=(12, 12), **BIG, padding=((-1, 1), (0, 0))),
     "big-kernel-dilated": case(space=(5, 5), **BIG, lhs=(3, 2), rhs=(1, 2), padding=((1, 2), (5, 4))),
     "big-kernel-groups": case(space=(9, 8), **BIG, **TWO),
+    "spare-row": case(**WIDE),
+    "spare-row-kernel-dilated": case(**WIDE, rhs=(1, 2), padding=((1, 1), (0, 3))),
+    "spare-row-asymmetric": case(**WIDE, padding=((2, 0), (1, 0))),
+    "spare-row-groups": case(**{**WIDE, "channels": 16, "features": 40}, groups=2),
+    "spare-rows-valid": case(**WIDE, padding="VALID"),
+    "wide-stride2": case(**WIDE, strides=(2, 2)),
+    "wide-full-padding": case(**WIDE, padding=((2, 2), (2, 2))),
+    "wide-kernel-beyond-input": case(**{**WIDE, "space": (2, 2)}),
+    "wide-kernel-beyond-input-dilated": case(**{**WIDE, "space": (2, 2)}, lhs=(2, 1), padding=((1, 1), (-1, 3))),
+    "wide-row-kernel": case(**WIDE, kernel=(1, 3)),
+    "wide-column-kernel": case(**WIDE, kernel=(3, 1)),
     "1d": case(space=(9,), kernel=(4,), strides=(2,), padding=((-1, 3),)),
     "1d-dilated-groups": case(space=(9,), kernel=(3,), rhs=(2,), lhs=(2,), padding=((0, 1),), **TWO),
     "3d": case(space=(4, 5, 3), kernel=(2, 3, 2), strides=(1, 2, 1)),
@@ -137,7 +150,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_both_gradients_equal_loops(name):
     c = CASES[name]
-    x = normal(0, 2, *c["space"], c["channels"])
+    x = normal(0, c["batch"], *c["space"], c["channels"])
     k = normal(1, *c["kernel"], c["channels"] // c["groups"], c["features"])
     pairs = pairs_of(c["padding"], c["space"], c["kernel"], c["strides"], c["rhs"])
     geometry = (c["strides"], pairs, c["lhs"], c["rhs"], c["groups"])
@@ -250,6 +263,14 @@ def test_a_context_chooses_for_calls_that_do_not_choose():
             assert is_ours() and not is_ours(impl="lax")
         assert not is_ours()
     assert is_ours()
+
+
+def test_a_jitted_function_is_traced_anew_under_another_context():
+    step = jax.jit(lambda x, k: conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=CHANNELS_LAST[2]))
+    x, k = normal(0, 2, 5, 5, 3), normal(1, 3, 3, 3, 4)
+    for impl, ours in (("lax", False), ("canonical", True), ("lax", False)):
+        with conv_impl(impl):
+            assert ("custom_vjp_call" in str(jax.make_jaxpr(step)(x, k))) is ours
 
 
 def test_a_context_is_left_behind_by_an_exception():
@@ -366,6 +387,29 @@ def test_an_axis_is_unrolled_up_to_the_limit_and_mapped_beyond(unroll, expected)
     with conv_impl("auto", unroll=unroll):
         found = convolutions(jax.vmap(lambda x, k: canonical(x, k, (1, 1), "SAME")), x, k)
     assert len(found) == expected and all(map(is_fast, found))
+
+
+@pytest.mark.parametrize(("side", "expected"), [(64, CLIENTS), (16, 1)])
+def test_by_itself_an_axis_is_unrolled_where_results_are_large(side, expected):
+    x, k = np.ones((CLIENTS, 2, side, side, 3), np.float32), np.ones((CLIENTS, 3, 3, 3, 16), np.float32)
+    assert len(convolutions(jax.vmap(lambda x, k: canonical(x, k, (1, 1), "SAME")), x, k)) == expected
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_xla_leaves_a_layer_and_its_gradients_to_the_kernels_that_use_all_threads(looped):
+    x, k = jnp.ones((4, 8, 8, 16)), jnp.ones((3, 3, 16, 32))
+
+    def gradients(x, k):
+        y, vjp = jax.vjp(lambda x, k: canonical(x, k, (1, 1), "SAME"), x, k)
+        return y, *vjp(y)
+
+    def program(x, k):
+        return lax.map(lambda x: gradients(x, k), x[None]) if looped else gradients(x, k)
+
+    text = jax.jit(program).lower(x, k).compile().as_text()
+    # Eigen's convolutions stand in the program as they are, channels last; what is inside a fusion is YNNPACK's.
+    assert text.count("convolution(") == text.count("dim_labels=b01f_01io->b01f") == 3
+    assert "ynn_fusion" not in text
 
 
 def step(conv, k, x):
