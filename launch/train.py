@@ -4,6 +4,10 @@
 
 Writes config.json, summary.json and figures/ to the work directory, and for every network and seed a folder with
 metrics.jsonl and checkpoints/. Started again with the same work directory it goes on where it stopped.
+
+On several hosts, start it on each of them with the same work directory, which all of them must see, and with
+--config.distributed.coordinator_address=HOST:PORT (of host 0), --config.distributed.num_processes=N and
+--config.distributed.process_id=0 .. N-1. A signal to any of them makes all of them save and stop.
 """
 
 from collections.abc import Mapping
@@ -12,7 +16,7 @@ from typing import Any
 import jax
 
 from jaxeff import data, parallel, training
-from jaxeff.training.workdir import FIGURES
+from jaxeff.training.workdir import FIGURES, plain_config
 from launch import classifier, job
 
 
@@ -39,13 +43,16 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     methods = {name: classifier.method(module, config, train, steps) for name, module in modules.items()}
     reports = {name: classifier.costs_of(module, train.arrays["image"].shape[1:]) for name, module in modules.items()}
     folders = {(name, seed): f"{name}/seed{seed}" for name in methods for seed in sources}
-    directory, settings = training.prepare_workdir(workdir, config, overwrite, folders.values())
+    # Which machines do it is not part of what is done: a run that is resumed may have others.
+    settings = {name: value for name, value in plain_config(config).items() if name != "distributed"}
+    directory, _ = training.prepare_workdir(workdir, settings, overwrite, folders.values())
 
     # ---- training ----------------------------------------------------------------------------------------------------
     results: dict[str, dict[int, training.FitResult]] = {name: {} for name in methods}
     for name, method in methods.items():
         for seed, source in sources.items():
-            print(f"{name}, seed {seed}: {steps} steps of {batch} on {len(train)} images of {config['dataset']}")
+            if parallel.is_first():
+                print(f"{name}, seed {seed}: {steps} steps of {batch} on {len(train)} images of {config['dataset']}")
             results[name][seed] = training.fit(
                 method,
                 lambda start, source=source: data.prefetch(source.starting_at(start), sharding=rows_of),
@@ -63,10 +70,9 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
             )
 
     # ---- comparison --------------------------------------------------------------------------------------------------
-    latency = job.latencies(
-        {name: (modules[name], next(iter(runs.values())).state) for name, runs in results.items()},
-        train.arrays["image"].shape[1:],
-        config["latency_batch"],
+    trained = {name: (modules[name], next(iter(runs.values())).state) for name, runs in results.items()}
+    latency = parallel.on_first(
+        lambda: job.latencies(trained, train.arrays["image"].shape[1:], config["latency_batch"])
     )
     rows = []
     for name, runs in results.items():
@@ -91,13 +97,14 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         "latency_batch": config["latency_batch"],
         "networks": rows,
     }
-    figures = directory / FIGURES
-    histories = {name.replace("_", " "): runs[config["seeds"][0]].history for name, runs in results.items()}
-    training.learning_curves(histories, figures / "curves.png")
-    training.comparison_figure(rows, figures / "comparison.png")
-    training.write_summary(directory, summary)
-    job.show(training.comparison_table(rows, title=f"{train.name}, test accuracy after {steps} steps"))
-    print(f"figures: {figures / 'comparison.png'}, {figures / 'curves.png'}")
+    if parallel.is_first():
+        figures = directory / FIGURES
+        histories = {name.replace("_", " "): runs[config["seeds"][0]].history for name, runs in results.items()}
+        training.learning_curves(histories, figures / "curves.png")
+        training.comparison_figure(rows, figures / "comparison.png")
+        training.write_summary(directory, summary)
+        job.show(training.comparison_table(rows, title=f"{train.name}, test accuracy after {steps} steps"))
+        print(f"figures: {figures / 'comparison.png'}, {figures / 'curves.png'}")
     return summary
 
 

@@ -1,15 +1,22 @@
-"""Several hosts as one machine: starting them together, and assembling batches from what each of them loads.
+"""Several hosts as one machine: starting them together, assembling their batches, agreeing on what to do next.
 
 Every host runs the same program with its own ``process_id``; after ``initialize_distributed`` the devices of all hosts
 are in ``jax.devices()``, one ``mesh()`` spans them, and ``data_parallel`` works as on one host.
+
+What runs on the devices of all hosts must be started by all hosts in the same order, or they wait for each other for
+ever. So what a host sees alone (a signal, a clock, a file) may decide what is computed next only after ``gather`` or
+``on_first`` made it known to all. A host that fails alone ends the others too, but only after the minutes that JAX
+waits for it.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxeff.parallel.placement import Tree, batch_sharding, check_axis, check_divides, check_rows
@@ -135,6 +142,64 @@ def global_batch(local_batch: Tree, mesh: Mesh, axis: str = "data") -> Tree:
         return jax.make_array_from_process_local_data(sharding, rows, shape)
 
     return jax.tree.map(assemble, local_batch)
+
+
+def is_first() -> bool:
+    """Whether this is the host that writes files and talks to people; of a single host always true."""
+    return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """What every host says, known to all hosts.
+
+    Must be called by all hosts alike; waits for the slowest, and for what the devices are still computing.
+
+    Args:
+        value: anything JSON can hold.
+
+    Returns:
+        The values in the order of the hosts; on a single host ``[value]``, at once.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    # A power of two, so that texts of many lengths need few compilations.
+    padded = np.zeros(max(256, 1 << (int(lengths.max()) - 1).bit_length()), np.uint8)
+    padded[: len(text)] = text
+    texts = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(texts, lengths, strict=True)]
+
+
+def on_first(action: Callable[[], Any]) -> Any:
+    """Does something on the first host alone, such as work on files, while the others wait for it.
+
+    Must be called by all hosts alike.
+
+    Args:
+        action: returns anything JSON can hold; it must not compute on devices of other hosts.
+
+    Returns:
+        The result of ``action``, on all hosts; on several hosts as it is after a way through JSON.
+
+    Raises:
+        Exception: what ``action`` raises, on the first host.
+        RuntimeError: on the others, with the message of that.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, failed = None, None
+    if is_first():
+        try:
+            result = json.loads(json.dumps(action()))
+        except Exception as error:
+            failed = error
+    result, message = gather([result, None if failed is None else f"{type(failed).__name__}: {failed}"])[0]
+    if failed is not None:
+        raise failed
+    if message is not None:
+        raise RuntimeError(f"the first host stopped with {message}")
+    return result
 
 
 def _field(config: Any, name: str) -> Any:

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 Tree = Any
 
@@ -92,14 +93,38 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Puts a copy of every leaf on every device of the mesh.
 
     Args:
-        tree: the state; equal on all hosts when there are several.
+        tree: the state; when there are several hosts, that of the first one is taken.
         mesh: the mesh.
 
     Returns:
         The same tree of global, replicated arrays. A copy already on a device is reused, so a later step that donates
         its state takes the original with it.
     """
-    return jax.device_put(tree, replicated(mesh))
+    return put(tree, replicated(mesh))
+
+
+def put(tree: Tree, sharding: Sharding) -> Tree:
+    """Puts every leaf where a sharding wants it, also where it spans several hosts.
+
+    Args:
+        tree: arrays, typed PRNG keys among them. When the devices are of several hosts, every host must hold a tree of
+            the same shapes and dtypes, and the values of the first host are taken: hosts that are not alike may round
+            differently what they computed from the same seed, and copies that differ would stay different.
+        sharding: that of every leaf.
+
+    Returns:
+        The same tree of global arrays.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    leaves, structure = jax.tree.flatten(tree)
+    # jax.device_put takes no keys here, and compares host by host and leaf by leaf.
+    plain = [jax.random.key_data(leaf) if _is_key(leaf) else np.asarray(leaf) for leaf in leaves]
+    placed = []
+    for leaf, value in zip(leaves, multihost_utils.broadcast_one_to_all(plain), strict=True):
+        array = jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+        placed.append(jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array)
+    return jax.tree.unflatten(structure, placed)
 
 
 def divide_batch(batch: Tree, parts: int, what: str = "parts") -> Tree:
@@ -124,6 +149,10 @@ def divide_batch(batch: Tree, parts: int, what: str = "parts") -> Tree:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays of which every device holds a copy."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def check_axis(mesh: Mesh, axis: str) -> None:

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxeff import parallel
 from jaxeff.training.record import check_sums, decode, describe, encode, other_tree, template
 
 
@@ -45,7 +46,8 @@ class Checkpoints:
 
     Saving returns as soon as the values are copied off the device and is finished in the background. A step appears
     under its name only when it is complete, and an older one is deleted only after that. The directory is not created
-    or changed before the first save.
+    or changed before the first save. On several hosts all of them save, wait and restore together, in one directory
+    that all of them see.
 
     Args:
         directory: folder of the checkpoints.
@@ -128,7 +130,8 @@ class Checkpoints:
             return
         self._attempt(self._manager.wait_until_finished)
         self._attempt(self._manager.check_for_errors)
-        if self._saving is not None and self._saving not in self.steps():
+        # The others may see a directory of a network file system later than the host that renamed it.
+        if self._saving is not None and parallel.is_first() and self._saving not in self.steps():
             raise self._failed("the finished checkpoint did not appear in the directory")
         self._saving = None
 

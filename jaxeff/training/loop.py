@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxeff import parallel
 from jaxeff.training.checkpoint import Checkpoints, ForeignCheckpoint
 from jaxeff.training.finite import FiniteWatch, non_finite
 from jaxeff.training.interrupt import Interrupted, StopRequest
@@ -71,6 +72,10 @@ def fit(
     yet logged are all in the checkpoint. The first SIGTERM or Ctrl-C ends the step in progress, saves and raises
     `Interrupted`; the second one stops at once.
 
+    On several hosts (`jaxeff.parallel.initialize_distributed`) all of them call this with the same arguments, a work
+    directory that they share, and batches and a state over the devices of all. The first one writes the files. A signal
+    to any host stops all of them after the same step, within about a second.
+
     Steps are counted from 1 in metrics, checkpoints and messages: checkpoint 10 is the state after ten steps. The loop
     waits for the device only at log intervals, evaluations and checkpoints.
 
@@ -122,7 +127,7 @@ def fit(
             checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINTS, keep))
 
         # ---- State: new, or where the last run ended ----------------------------------------------------------------
-        start = (checkpoints.latest() or 0) if checkpoints else 0
+        start = parallel.on_first(lambda: checkpoints.latest() or 0) if checkpoints else 0
         if start > steps:
             raise ValueError(f"steps: the work directory {directory} is at step {start} already, beyond steps={steps}")
         batches = _Feed(batches_from, start, steps, stack)
@@ -143,6 +148,7 @@ def fit(
         evaluate = jax.jit(method.evaluate)
         log = _Log(directory, start, tensorboard, stack)
         rate = _Rate(examples_per_step, example, start)
+        progress = progress and parallel.is_first()
         bar = stack.enter_context(Progress(steps, start=start, enabled=progress))
         if start and progress:
             bar.note(f"{directory}: continues after step {start}")
@@ -172,18 +178,20 @@ def fit(
             if evaluate_on is None or not due or log.evaluation(step):
                 return
             sums = EvaluationSums()
+            stop.agreed(now=True)
             for batch in evaluate_on():
-                if stop.signal is not None:
+                if stop.agreed() is not None:
                     return  # the run that continues this one finds the row missing and evaluates first
                 sums.add(evaluate(state, batch))
             log.write(step, EVALUATION, sums.means())
+            stop.agreed(now=True)
             rate.restart(step)
 
         # ---- The loop -----------------------------------------------------------------------------------------------
         if start:
             evaluate_if_due(start)
         for step in range(start + 1, steps + 1):
-            if stop.signal is not None:
+            if stop.agreed() is not None:
                 break
             state, metrics = train_step(state, batches.next())
             recent.append(metrics)
@@ -207,14 +215,15 @@ def fit(
             finished = step
 
         # ---- The end ------------------------------------------------------------------------------------------------
-        if stop.signal is not None:
+        if stop.agreed(now=True) is not None:
             save(finished)
         if checkpoints is not None:
             checkpoints.wait()
-        if stop.signal is not None:
-            message = _how_to_resume(stop.signal, finished, steps, directory)
+        signum = stop.agreed(now=True)
+        if signum is not None:
+            message = _how_to_resume(signum, finished, steps, directory)
             bar.note(message)
-            raise Interrupted(finished, stop.signal, message)
+            raise Interrupted(finished, signum, message)
     return FitResult(state, steps, log.rows, log.evaluation(steps))
 
 
@@ -258,15 +267,19 @@ class _Feed:
 
 
 class _Log:
-    """Rows of metrics in memory and, on the first process of a run with a work directory, on disk."""
+    """Rows of metrics in memory, the same on every host but for the speed, and on disk where there is a directory."""
 
     def __init__(self, directory: pathlib.Path | None, start: int, tensorboard: bool, stack: contextlib.ExitStack):
         self.rows: list[Row] = []
         self._writer = None
-        if directory is not None and jax.process_index() == 0:
-            writer = MetricsWriter(directory, resume_from=start, tensorboard=tensorboard)
-            self._writer = stack.enter_context(writer)
-            self.rows = read_metrics(self._writer.path)
+        if directory is None:
+            return
+
+        def opened() -> list[Row]:
+            self._writer = stack.enter_context(MetricsWriter(directory, resume_from=start, tensorboard=tensorboard))
+            return read_metrics(self._writer.path)
+
+        self.rows = parallel.on_first(opened)
 
     def write(self, step: int, prefix: str, values: Mapping[str, float]) -> None:
         named = {prefix + name: value for name, value in values.items()}

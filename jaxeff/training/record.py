@@ -31,19 +31,19 @@ def describe(state: Any) -> dict[str, dict[str, Any]]:
         state: pytree of arrays.
 
     Returns:
-        "shape", "dtype", for a PRNG key its implementation "key", and, where this process sees the whole array, the
+        "shape", "dtype", for a PRNG key its implementation "key", and, where every process sees the whole array, the
         "crc32" of its bytes.
     """
     encoded = jax.tree.leaves(encode(state))
     for leaf in encoded:
-        if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
+        if isinstance(leaf, jax.Array) and _seen_whole(leaf):
             leaf.copy_to_host_async()
     described = {}
     for (name, leaf), plain in zip(trees.flatten_names(state).items(), encoded, strict=True):
         entry: dict[str, Any] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
         if _is_key(leaf):
             entry["key"] = str(jax.random.key_impl(leaf))
-        if getattr(plain, "is_fully_addressable", True):
+        if _seen_whole(plain):
             entry["crc32"] = _crc32(plain)
         described[name] = entry
     return described
@@ -100,7 +100,7 @@ def check_sums(encoded: Any, leaves: Leaves) -> None:
     """
     for name, leaf in trees.flatten_names(encoded).items():
         expected = leaves[name].get("crc32")
-        if expected is not None and getattr(leaf, "is_fully_addressable", True) and _crc32(leaf) != expected:
+        if expected is not None and _seen_whole(leaf) and _crc32(leaf) != expected:
             raise ValueError(f"the bytes of {name} are not those that were saved")
 
 
@@ -124,6 +124,10 @@ def decode(encoded: Any, like: Any, leaves: Leaves) -> Any:
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _seen_whole(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
 def _crc32(leaf: Any) -> int:

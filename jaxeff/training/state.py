@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxeff import parallel
+
 
 class TrainState(NamedTuple):
     """Everything a step reads and writes, as one pytree of arrays that can be saved and restored.
@@ -67,13 +69,13 @@ def owned(state: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
 
     Args:
         state: pytree of arrays.
-        sharding: where to put every leaf; None for the default device.
+        sharding: where to put every leaf; None for the default device. Over several hosts it is the first host's state.
 
     Returns:
         The same values in new buffers.
     """
     copy = _copy(state)
-    return copy if sharding is None else jax.device_put(copy, sharding)
+    return copy if sharding is None else parallel.put(copy, sharding)
 
 
 @jax.jit

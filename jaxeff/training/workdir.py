@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from jaxeff import parallel
 from jaxeff.training.metrics import FILE_NAME as METRICS
 
 CONFIG = "config.json"
@@ -35,7 +36,7 @@ def prepare_workdir(
     """Makes a directory the work directory of a run, or finds that it is already.
 
     The first time, `config.json` is written: the config, the git revision, versions and device. Later runs must have
-    the same config.
+    the same config. On several hosts all of them call this, and the first one does it.
 
     Args:
         workdir: the directory; created when missing.
@@ -52,13 +53,30 @@ def prepare_workdir(
     Raises:
         ForeignWorkdir: if the directory belongs to another config; lists the fields that differ. Nothing is changed.
         TypeError: if `config` is not a mapping.
-        ValueError: if one of `runs` is not below the directory.
+        ValueError: if one of `runs` is not below the directory, or several hosts have different configs.
+        FileNotFoundError: if several hosts do not share the directory.
     """
     path = pathlib.Path(workdir).absolute()
     plain, runs = plain_config(config), list(runs)
     for run in runs:
         if not _below(run):
             raise ValueError(f"runs: {run!r} is not a folder below the workdir {path}; give a relative path without ..")
+    for index, other in enumerate(parallel.gather(plain)):
+        if differences := config_differences(plain, other):
+            raise ValueError(
+                f"config: process {jax.process_index()} and process {index} were started with different ones: "
+                f"{_listed(differences)}; start every host with the same. Nothing was changed"
+            )
+    parallel.on_first(lambda: _prepare(path, plain, overwrite, runs))
+    if not all(seen := parallel.gather((path / CONFIG).is_file())):
+        raise FileNotFoundError(
+            f"workdir: {path / CONFIG} was written by process 0 but process {seen.index(False)} does not see it; "
+            "hosts that train together need a workdir on a file system that they share"
+        )
+    return path, plain
+
+
+def _prepare(path: pathlib.Path, plain: dict[str, Any], overwrite: bool, runs: list[str]) -> None:
     if path.exists() and not path.is_dir():
         raise ForeignWorkdir(f"workdir: {path} is a file, expected a directory; choose another name")
     there = _read_config(path / CONFIG, overwrite)
@@ -70,7 +88,7 @@ def prepare_workdir(
                 "Choose another workdir, or pass overwrite (--overwrite) to delete that run. Nothing was changed"
             )
         if CLEARING not in there:
-            return path, plain
+            return
     elif not overwrite and any((path / name).exists() for name in (METRICS, CHECKPOINTS)):
         raise ForeignWorkdir(
             f"workdir: {path} holds a run whose {CONFIG} is missing, so it cannot be told whether it is this one. "
@@ -86,7 +104,6 @@ def prepare_workdir(
             _clear(path, run)
         _clear(path, ".")
     write_json(path / CONFIG, content)
-    return path, plain
 
 
 def plain_config(config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What jobs leave behind, read back."""
+"""Jobs in processes of their own, and what they leave behind, read back."""
 
 import json
 import pathlib
@@ -8,6 +8,19 @@ import pytest
 
 from jaxeff import data, training
 from launch import classifier
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started_processes_use_the_compilation_cache():
+    settings = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

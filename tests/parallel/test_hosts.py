@@ -97,6 +97,15 @@ def test_global_batch_on_one_device_keeps_values():
     np.testing.assert_array_equal(batch["x"], np.arange(4))
 
 
+def test_a_single_host_agrees_with_itself_without_a_way_through_json():
+    said = object()
+    assert parallel.gather(said)[0] is said
+    assert parallel.on_first(lambda: said) is said
+    assert parallel.is_first()
+    with pytest.raises(KeyError, match="mine"):
+        parallel.on_first(lambda: {}["mine"])
+
+
 @pytest.mark.multidevice
 def test_two_processes_start_from_config_fields_and_train_as_one():
     results = run_two_hosts()
@@ -114,6 +123,13 @@ def test_two_processes_start_from_config_fields_and_train_as_one():
         assert f"rows {rows}, which are not contiguous" in result["mixed"]
     if not all(result["collectives"] for result in results):
         pytest.skip("started and assembled batches; this CPU backend has no collectives across processes")
+    for process, result in enumerate(results):
+        assert result["gathered"] == [{"host": 0, "text": ""}, {"host": 1, "text": "x" * 300}]
+        assert result["first"] == [process == 0, [0, "done"]]
+        assert result["key"] == jax.random.key_data(jax.random.key(0)).tolist()
+    assert results[0]["refused"] == ["FileNotFoundError", "no such file here"]
+    message = "the first host stopped with FileNotFoundError: no such file here"
+    assert results[1]["refused"] == ["RuntimeError", message]
     weights, loss = two_steps_by_hand()
     for result in results:
         for via in ("jit", "shard_map"):

@@ -49,8 +49,17 @@ def main(coordinator: str, num_processes: str, process_id: str) -> dict:
     except ValueError as error:
         found["mixed"] = str(error)
 
-    state = parallel.replicate({"w": np.ones(3, np.float32)}, everywhere)
     try:
+        found["gathered"] = parallel.gather({"host": jax.process_index(), "text": "x" * 300 * jax.process_index()})
+        found["first"] = parallel.is_first(), parallel.on_first(lambda: [jax.process_index(), "done"])
+        try:
+            parallel.on_first(refuse)
+        except (OSError, RuntimeError) as error:
+            found["refused"] = [type(error).__name__, str(error)]
+        mine = {"w": np.full(3, 1.0 + jax.process_index(), np.float32), "key": jax.random.key(jax.process_index())}
+        everybodys = parallel.replicate(mine, everywhere)
+        found["key"] = jax.random.key_data(everybodys["key"]).tolist()
+        state = {"w": everybodys["w"]}
         for via, step in {"jit": training_step, "shard_map": per_device_step}.items():
             run = parallel.data_parallel(step, everywhere, via=via, donate=False)
             after, metrics = run(*run(state, batch)[:1], batch)
@@ -63,6 +72,10 @@ def main(coordinator: str, num_processes: str, process_id: str) -> dict:
     else:
         found["collectives"] = True
     return found
+
+
+def refuse():
+    raise FileNotFoundError("no such file here")
 
 
 def training_step(state, batch, mean=lambda x: x):

@@ -1,9 +1,11 @@
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from jaxeff import parallel
 from jaxeff.training import Checkpoints
 from jaxeff.training.interrupt import StopRequest
 
@@ -75,6 +77,39 @@ def test_the_first_signal_asks_and_the_second_acts_at_once():
             while not received and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert received == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_hosts_ask_each_other_as_often_as_the_first_one_says(monkeypatch):
+    asked, answers = [], []
+
+    def gather(value):
+        asked.append(len(answers))
+        return [[None, 3], [signal.SIGTERM if len(asked) == 3 else None, 99]]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(parallel, "gather", gather)
+    with StopRequest((signal.SIGUSR1,)) as stop:
+        for _ in range(8):
+            answers.append(stop.agreed())
+        assert asked == [0, 3, 6]
+        assert answers == [None] * 6 + [signal.SIGTERM] * 2
+        assert stop.agreed(now=True) == signal.SIGTERM
+        assert asked == [0, 3, 6, 8]
+
+
+def test_a_request_that_nobody_honoured_is_handed_on():
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda signum, frame: received.append(signum))
+    try:
+        with pytest.raises(ValueError), StopRequest((signal.SIGUSR1,)):
+            signal.raise_signal(signal.SIGUSR1)
+            raise ValueError
+        assert received == []
+        with StopRequest((signal.SIGUSR1,)):
+            signal.raise_signal(signal.SIGUSR1)
+        assert received == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, before)
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxeff import parallel
 from jaxeff.training import ForeignWorkdir, prepare_workdir
 from jaxeff.training.workdir import config_differences, plain_config
 
@@ -137,6 +138,19 @@ def test_a_config_file_that_is_something_else_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[1, 2]")
     with pytest.raises(ForeignWorkdir, match="is not a config written by a run"):
         prepare_workdir(tmp_path, CONFIG)
+
+
+def test_hosts_that_do_not_share_the_directory_are_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "gather", lambda said: [said, False if said is True else said])
+    with pytest.raises(FileNotFoundError, match=r"written by process 0 but process 1 does not see it.*share"):
+        prepare_workdir(tmp_path, CONFIG)
+
+
+def test_hosts_with_different_configs_are_told_so_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "gather", lambda said: [said, {**said, "seed": 1}])
+    with pytest.raises(ValueError, match="process 0 and process 1 were started with different ones: seed: 0 there, 1 "):
+        prepare_workdir(tmp_path / "run", CONFIG)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path):
