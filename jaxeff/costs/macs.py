@@ -23,7 +23,8 @@ LAYOUT = frozenset(
     "sharding_constraint squeeze stop_gradient transpose".split()
 )
 
-_FORM = re.compile(r"(real_positions|spare_rows|spare_gradient_rows|with_margins)_(-?\d[-\dx_]*)")
+_MARGINS = re.compile(r"with_margins_([-\dx_]+)")
+_REAL = re.compile(r"real_positions_(\d+)_of_(\d+)")
 _DEPTHWISE = re.compile(r"depthwise_(convolution|weight_gradient)_\dd")
 
 
@@ -95,24 +96,19 @@ def valid_taps(size: int, outputs: int, taps: int, stride: int, low: int, dilati
 
 def _convolution(equation: Any, convention: str) -> int:
     inputs, kernel = (list(atom.aval.shape) for atom in equation.invars)
-    outputs = list(equation.outvars[0].aval.shape)
+    outputs = equation.outvars[0].aval.shape
     params = equation.params
     in_spec, kernel_spec, out_spec = params["dimension_numbers"]
     lows = [low for low, _ in params["padding"]]
     dilations = list(params["lhs_dilation"])
-    # `jaxeff.ops` computes rows that nobody reads, and pads beforehand, where that is faster; the scopes say how much.
-    for form, numbers in _forms(equation):
-        if form == "spare_rows":
-            outputs[out_spec[2]] -= int(numbers)
-        elif form == "spare_gradient_rows":
-            kernel[kernel_spec[2]] -= int(numbers)
-        else:
-            for axis, margin in enumerate(numbers.split("_")):
-                low, high, dilation = map(int, margin.split("x"))
-                size = inputs[in_spec[2 + axis]] - low - high
-                inputs[in_spec[2 + axis]] = (size - 1) // dilation + 1
-                lows[axis] += low
-                dilations[axis] *= dilation
+    if margins := _MARGINS.search(str(equation.source_info.name_stack)):
+        # `jaxeff.ops` crops and pads the input beforehand where XLA's convolution does it wrongly.
+        for axis, margin in enumerate(margins[1].split("_")):
+            low, high, dilation = map(int, margin.split("x"))
+            size = inputs[in_spec[2 + axis]] - low - high
+            inputs[in_spec[2 + axis]] = (size - 1) // dilation + 1
+            lows[axis] += low * dilations[axis]
+            dilations[axis] *= dilation
     # The kernel's input channels are already those of one group, and the output's batch that of one batch group.
     channels = outputs[out_spec[0]] * outputs[out_spec[1]] * kernel[kernel_spec[1]]
     if convention == "paper":
@@ -174,17 +170,10 @@ def _history(atom: Any, makers: Mapping[Any, Any]) -> tuple[Any, list[Any]]:
 def _dot(equation: Any, convention: str) -> int:
     left = equation.invars[0].aval.shape
     (contracting, _), _ = equation.params["dimension_numbers"]
-    length = math.prod(left[d] for d in contracting)
-    # A product over shifted views is one tap of a convolution's weight gradient; it says how much of it is no padding.
-    for form, number in _forms(equation):
-        if form == "real_positions" and convention == "xla":
-            length = int(number)
-    return math.prod(equation.outvars[0].aval.shape) * length
-
-
-def _forms(equation: Any) -> list[tuple[str, str]]:
-    """What `jaxeff.ops` says in name scopes about the form of this equation: names, and the numbers behind them."""
-    return _FORM.findall(str(equation.source_info.name_stack))
+    count = math.prod(equation.outvars[0].aval.shape) * math.prod(left[d] for d in contracting)
+    # A product over a shifted view is one tap of a convolution of `jaxeff.ops`; it says how much of it is no padding.
+    real = _REAL.search(str(equation.source_info.name_stack)) if convention == "xla" else None
+    return count // int(real[2]) * int(real[1]) if real and count else count
 
 
 def _ragged_dot(equation: Any, convention: str) -> int:

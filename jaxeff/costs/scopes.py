@@ -14,7 +14,7 @@ Scope = tuple[str, ...]
 _WRAPPED = re.compile(r"(?:jvp|vmap|transpose)\((.*)\)")
 _SEPARATOR = re.compile(r"/(?![^(]*\))")  # a slash that is not inside parentheses
 # What `jaxeff.ops` tells `jaxeff.costs.macs` about the form of one convolution; no layer.
-_FORM = re.compile(r"(?:spare_rows|spare_gradient_rows|real_positions)_\d+|with_margins(?:_-?\d+x-?\d+x\d+)+")
+_FORM = re.compile(r"real_positions_\d+_of_\d+|with_margins(?:_-?\d+x-?\d+x\d+)+")
 _RECOMPUTED = "rematted_computation"  # what jax names the second forward pass of a checkpointed function
 
 

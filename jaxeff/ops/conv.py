@@ -153,10 +153,7 @@ def conv_impl(impl: Impl, *, unroll: int | None = None) -> Iterator[None]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
-    rows = lowering.spare_rows(window, x.shape, k.shape, x.dtype)
-    y = _forward(window, rows, x, k)(x, k)
-    # Cut off outside of the mapped operation, where XLA fuses the cut with what reads the result.
-    return lax.slice_in_dim(y, 0, y.shape[1] - rows, axis=1) if rows else y
+    return _forward(window, x, k)(x, k)
 
 
 def _conv_fwd(window, x, k):
@@ -244,15 +241,15 @@ def _mappable(compute, calls, result_bytes, merge=None):
     return op
 
 
-def _forward(window: Window, rows: int, x: jax.Array, k: jax.Array):
+def _forward(window: Window, x: jax.Array, k: jax.Array):
     def merge(op, x, k):
         y = op(x.reshape(-1, *x.shape[2:]), k)
         return y.reshape(*x.shape[:2], *y.shape[1:])
 
     result = (x.shape[0], *lowering.out_shape(window, x.shape, k.shape), k.shape[-1])
     size = math.prod(result) * np.dtype(window.out_dtype or x.dtype).itemsize
-    compute = partial(lowering.convolve, window, rows=rows)
-    return _mappable(compute, lowering.separate_calls(window, k.shape), size, merge)
+    calls = lowering.separate_calls(window, k.shape, x.shape)
+    return _mappable(partial(lowering.convolve, window), calls, size, merge)
 
 
 def _weight(window: Window, k_shape: tuple[int, ...], x: jax.Array):

@@ -3,24 +3,18 @@
 Several forms compute the same numbers; which one is fast depends on the shape and, on CPU, on what XLA's convolution
 does badly:
 
-* `direct`: one `lax.conv_general_dilated` in NHWC / HWIO, the layout XLA's CPU convolution is written for, with one
-  spare row where that keeps it on all threads;
+* `direct`: one `lax.conv_general_dilated` in NHWC / HWIO, the layout XLA's CPU convolution is written for;
 * `pointwise`: a 1x1 convolution as one matrix product;
 * `shifts`: one matrix product (or, depthwise, one multiply-add) per kernel tap over a shifted view of the input;
 * `per group`: each channel group on its own, because grouped convolutions run on a slow path.
 
-Spare rows: XLA's CPU compiler (jax 0.10 and 0.11) gives a two-dimensional float32 convolution to YNNPACK, which runs
-most sizes of it on one thread and is up to twenty times slower than Eigen where the batch acts as the channels. It
-leaves to Eigen, which uses every thread, what has an output taller than the input or a kernel taller than the input. So
-one row more is computed and thrown away, or one row of zeros is put under the output gradient. Name scopes say so to
-`jaxeff.costs` ("spare_rows_1", "real_positions_49"), which counts what was asked for.
-
-Nothing here is differentiated by JAX: `jaxeff.ops.conv` defines the derivatives in terms of these functions.
-Letters: N batch, I and O input and output channels, G groups, taps = kernel positions.
+Name scopes tell `jaxeff.costs` what a form hides from it ("real_positions_49_of_64"), so that it counts the convolution
+that was asked for. Nothing here is differentiated by JAX: `jaxeff.ops.conv` defines the derivatives in terms of these
+functions. Letters: N batch, I and O input and output channels, G groups, taps = kernel positions.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -32,14 +26,10 @@ from jax import lax
 MAX_SEPARATE_GROUPS = 32
 # Above this many taps (a 7x7 kernel), one product per tap loses to a single convolution.
 MAX_TAPS = 49
-# Part of a convolution that may be computed for nothing so that all threads compute the rest.
-MAX_SPARE = 0.35
+# With fewer input channels (a first layer, a batch of few images) Eigen's convolution is no faster than other forms.
+MIN_EIGEN_CHANNELS = 8
 # XLA leaves convolutions to Eigen by itself where neither channel count is above this.
-MAX_EIGEN_CHANNELS = 16
-# With fewer input channels (a first layer) YNNPACK is as fast on one thread as Eigen on two.
-MIN_PACKED_CHANNELS = 8
-# With fewer images one product per tap beats the convolution in which the batch acts as the channels.
-MIN_BATCH = 4
+MAX_SMALL_CHANNELS = 16
 
 
 class Window(NamedTuple):
@@ -54,20 +44,17 @@ class Window(NamedTuple):
     out_dtype: Any = None
 
 
-def convolve(window: Window, x: jax.Array, k: jax.Array, rows: int = 0) -> jax.Array:
-    """Convolution of x [N, *space, I] with k [*kernel, I/G, O], giving [N, *out_space, O].
-
-    The output has `rows` (see `spare_rows`) more rows than asked for, at the bottom of its first spatial axis.
-    """
+def convolve(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
+    """Convolution of x [N, *space, I] with k [*kernel, I/G, O], giving [N, *out_space, O]."""
     groups = window.groups
     if groups == 1:
-        return _direct(window, x, k, rows)
+        return _dense(window, x, k)
     if _is_depthwise(window, k.shape):
         return _depthwise(window, x, k)
     if groups <= MAX_SEPARATE_GROUPS:
         one = window._replace(groups=1)
         pairs = zip(jnp.split(x, groups, axis=-1), jnp.split(k, groups, axis=-1), strict=True)
-        return jnp.concatenate([_direct(one, xg, kg, rows) for xg, kg in pairs], axis=-1)
+        return jnp.concatenate([_dense(one, xg, kg) for xg, kg in pairs], axis=-1)
     return _direct(window, x, k)
 
 
@@ -75,12 +62,8 @@ def weight_gradient(window: Window, k_shape: tuple[int, ...], x: jax.Array, g: j
     """Gradient of the kernel [*kernel, I/G, O] from the input x and the output gradient g [N, *out_space, O]."""
     groups = window.groups
     if groups == 1:
-        rows = _spare_gradient_rows(window, k_shape, x.shape, x.dtype)
-        if rows is not None:
-            return _dense_weight_by_convolution(window, k_shape, x, g, rows)
-        if math.prod(k_shape[:-2]) <= MAX_TAPS:
-            return _dense_weight_by_shifts(window, k_shape, x, g)
-        return _turned(_direct, window, k_shape, x, g)
+        by_shifts = _weight_suits_shifts(window, k_shape, x.shape, x.dtype)
+        return (_dense_weight_by_shifts if by_shifts else _dense_weight_by_convolution)(window, k_shape, x, g)
     if _is_depthwise(window, k_shape):
         return _depthwise_weight(window, k_shape, x, g)
     if groups <= MAX_SEPARATE_GROUPS:
@@ -103,62 +86,88 @@ def out_shape(window: Window, x_shape: tuple[int, ...], k_shape: tuple[int, ...]
     return tuple(max((low + size + high - r) // s + 1, 0) for size, (low, high), r, s in sizes)
 
 
-def spare_rows(window: Window, x_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: Any) -> int:
-    """How many rows `convolve` should compute beyond those asked for, because it is faster with them on CPU."""
-    i, o = k_shape[-2], k_shape[-1] // window.groups
-    one = window._replace(groups=1)
-    if separate_calls(window, k_shape) != window.groups or not _is_plain_2d(one, x_shape, dtype):
-        return 0
-    if max(i, o) <= MAX_EIGEN_CHANNELS or i < MIN_PACKED_CHANNELS or _must_have_margins(window, x_shape, k_shape):
-        return 0
-    out = out_shape(window, x_shape, k_shape)
-    rows = x_shape[1] + 1 - out[0]
-    pays = math.prod(k_shape[:-2]) > 1 and 0 < rows <= MAX_SPARE * out[0]
-    return rows if pays and out[1] <= x_shape[2] else 0
-
-
-def separate_calls(window: Window, k_shape: tuple[int, ...]) -> int:
-    """How many convolutions `convolve` writes: 0 if element-wise, one a group if groups are apart, else 1."""
+def separate_calls(window: Window, k_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> int:
+    """How many convolutions or products `convolve` writes for an input of this shape; 0 if all is element-wise."""
     if _is_depthwise(window, k_shape):
         return 0
-    return window.groups if window.groups <= MAX_SEPARATE_GROUPS else 1
+    if window.groups > MAX_SEPARATE_GROUPS:
+        return 1
+    by_shifts = _suits_shifts(k_shape, x_shape)
+    return window.groups * (math.prod(k_shape[:-2]) if by_shifts else 1)
 
 
 def separate_weight_calls(window: Window, k_shape: tuple[int, ...], x_shape: tuple[int, ...], dtype: Any) -> int:
-    """How many convolutions or products `weight_gradient` writes for an input of this shape and dtype."""
-    groups, taps = separate_calls(window, k_shape), math.prod(k_shape[:-2])
-    apart = groups == window.groups
-    if apart and _spare_gradient_rows(window._replace(groups=1), k_shape, x_shape, dtype) is not None:
-        return groups
-    return groups * taps if taps <= MAX_TAPS or not apart else groups
+    """How many convolutions or products `weight_gradient` writes for such an input; 0 if all is element-wise."""
+    if _is_depthwise(window, k_shape):
+        return 0
+    taps = math.prod(k_shape[:-2])
+    if window.groups > MAX_SEPARATE_GROUPS:
+        return taps
+    by_shifts = _weight_suits_shifts(window._replace(groups=1), k_shape, x_shape, dtype)
+    return window.groups * (taps if by_shifts else 1)
 
 
 def _is_depthwise(window: Window, k_shape: tuple[int, ...]) -> bool:
     return window.groups > 1 and k_shape[-2] == 1 and math.prod(k_shape[:-2]) <= MAX_TAPS
 
 
-def _direct(window: Window, x: jax.Array, k: jax.Array, rows: int = 0) -> jax.Array:
+def _suits_shifts(k_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> bool:
+    """Whether the kernel is larger than the input: XLA exchanges the two, and the result runs on the scalar path."""
+    larger = any(size > length for size, length in zip(k_shape[:-2], x_shape[1:-1], strict=True))
+    return larger and math.prod(k_shape[:-2]) <= MAX_TAPS
+
+
+def _weight_suits_shifts(window: Window, k_shape, x_shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether one product per tap beats the convolution in which the batch acts as the channels."""
+    taps = math.prod(k_shape[:-2])
+    larger = any(o > size for o, size in zip(out_shape(window, x_shape, k_shape), x_shape[1:-1], strict=True))
+    suits_convolution = dtype == jnp.float32 and len(x_shape) == 4 and x_shape[0] >= MIN_EIGEN_CHANNELS and not larger
+    return taps == 1 or (taps <= MAX_TAPS and not suits_convolution)
+
+
+def _dense(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
     if _is_pointwise(window, k.shape):
         return _pointwise(window, x, k)
-    if _must_have_margins(window, x.shape, k.shape):
-        margins = zip(window.padding, window.lhs_dilation, strict=True)
-        with jax.named_scope("with_margins" + "".join(f"_{low}x{high}x{d}" for (low, high), d in margins)):
-            return _convolution(_without_margins(window), _with_margins(window, x), k)
-    if rows:
-        (low, high), *others = window.padding
-        with jax.named_scope(f"spare_rows_{rows}"):
-            return _convolution(window._replace(padding=((low, high + rows), *others)), x, k)
-    return _convolution(window, x, k)
+    return _by_shifts(window, x, k) if _suits_shifts(k.shape, x.shape) else _direct(window, x, k)
 
 
-def _must_have_margins(window: Window, x_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> bool:
-    """Whether x must be padded or cropped before the convolution.
+def _direct(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
+    if not any(low < 0 or high < 0 for low, high in window.padding):
+        return _convolution(_for_eigen(window, x, k), x, k)
+    # XLA's CPU convolution reads outside its input when padding is negative (jax 0.10.2), so we crop instead.
+    n, margins = x.ndim - 2, zip(window.padding, window.lhs_dilation, strict=True)
+    cropped = window._replace(padding=((0, 0),) * n, lhs_dilation=(1,) * n)
+    with jax.named_scope("with_margins" + "".join(f"_{low}x{high}x{d}" for (low, high), d in margins)):
+        return _convolution(_for_eigen(cropped, x, k), _with_margins(window, x), k)
 
-    XLA's CPU convolution reads outside its input when padding is negative (jax 0.10.2), and exchanges a kernel that is
-    larger than the input with it, which ends on the scalar path.
+
+def _for_eigen(window: Window, x: jax.Array, k: jax.Array) -> Window:
+    """The same convolution in a form that XLA's CPU compiler does not give to YNNPACK.
+
+    YNNPACK takes two-dimensional float32 convolutions (jax 0.10 and 0.11) and runs most sizes of them on one thread,
+    the weight gradient of a VGG layer twenty times slower than Eigen. It takes none with holes in the input. So one
+    axis of the window is drawn out to twice its length: the holes it then has lie where no tap of the kernel looks.
     """
-    larger = any(size > length for size, length in zip(k_shape[:-2], x_shape[1:-1], strict=True))
-    return larger or any(low < 0 or high < 0 for low, high in window.padding)
+    plain = x.ndim == 4 and x.dtype == jnp.float32 and window.groups == 1 and set(window.lhs_dilation) == {1}
+    if not plain or k.shape[-2] < MIN_EIGEN_CHANNELS or max(k.shape[-2:]) <= MAX_SMALL_CHANNELS:
+        return window
+    return Window(
+        strides=(window.strides[0], 2 * window.strides[1]),
+        padding=(window.padding[0], (2 * window.padding[1][0], 2 * window.padding[1][1])),
+        lhs_dilation=(1, 2),
+        rhs_dilation=(window.rhs_dilation[0], 2 * window.rhs_dilation[1]),
+        precision=window.precision,
+        out_dtype=window.out_dtype,
+    )
+
+
+def _by_shifts(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    parts = []
+    for tap, view in _shifted_views(window, k.shape, x):
+        with _real_positions(window, tap, x.shape, view.shape):
+            parts.append(lax.dot_general(view, k[tap], dims, window.precision, _accumulator(x, window)))
+    return sum(parts[1:], parts[0]).astype(window.out_dtype or x.dtype)
 
 
 def _convolution(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
@@ -174,11 +183,6 @@ def _convolution(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
         precision=window.precision,
         preferred_element_type=window.out_dtype,
     )
-
-
-def _is_plain_2d(window: Window, x_shape: tuple[int, ...], dtype: Any) -> bool:
-    steps = {*window.strides, *window.lhs_dilation}
-    return len(x_shape) == 4 and dtype == jnp.float32 and window.groups == 1 and steps == {1}
 
 
 def _is_pointwise(window: Window, k_shape: tuple[int, ...]) -> bool:
@@ -236,20 +240,20 @@ def _dense_weight_by_shifts(window: Window, k_shape, x: jax.Array, g: jax.Array)
     products = []
     for tap, view in _shifted_views(window, k_shape, x):
         a, b = (g, view) if gradient_left else (view, g)
-        with jax.named_scope(f"real_positions_{_real_positions(window, tap, x.shape, g.shape)}"):
+        with _real_positions(window, tap, x.shape, g.shape):
             products.append(lax.dot_general(a, b, dims, precision=window.precision))
     stacked = jnp.stack(products)
     return (jnp.swapaxes(stacked, 1, 2) if gradient_left else stacked).reshape(k_shape)
 
 
-def _real_positions(window: Window, tap: tuple[int, ...], x_shape: tuple[int, ...], g_shape: tuple[int, ...]) -> int:
-    """At how many output positions this tap of the kernel meets an element of the input and neither margin nor hole."""
-    count = x_shape[0]
+def _real_positions(window: Window, tap: tuple[int, ...], x_shape: tuple[int, ...], out_shape: tuple[int, ...]):
+    """A name scope that says at how many output positions this tap meets the input and neither margin nor hole."""
+    real = 1
     for axis, (low, _) in enumerate(window.padding):
-        at = np.arange(g_shape[1 + axis]) * window.strides[axis] + tap[axis] * window.rhs_dilation[axis] - low
+        at = np.arange(out_shape[1 + axis]) * window.strides[axis] + tap[axis] * window.rhs_dilation[axis] - low
         dilation = window.lhs_dilation[axis]
-        count *= int(np.count_nonzero((at >= 0) & (at < dilated(x_shape[1 + axis], dilation)) & (at % dilation == 0)))
-    return count
+        real *= int(np.count_nonzero((at >= 0) & (at < dilated(x_shape[1 + axis], dilation)) & (at % dilation == 0)))
+    return jax.named_scope(f"real_positions_{real}_of_{math.prod(out_shape[1:-1])}")
 
 
 def _grouped_weight_by_shifts(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
@@ -262,31 +266,8 @@ def _grouped_weight_by_shifts(window: Window, k_shape, x: jax.Array, g: jax.Arra
     return jnp.stack(products).reshape(k_shape)
 
 
-def _spare_gradient_rows(window: Window, k_shape, x_shape: tuple[int, ...], dtype: Any) -> int | None:
-    """Rows of zeros that make the output gradient taller than the input; None where that cannot be or would not pay."""
-    if not _is_plain_2d(window, x_shape, dtype) or math.prod(k_shape[:-2]) == 1 or x_shape[0] < MIN_BATCH:
-        return None
-    _, height, width, _ = x_shape
-    out = out_shape(window, x_shape, k_shape)
-    rows = max(height + 1 - out[0], 0)
-    # XLA exchanges input and gradient where the gradient has more positions, so the input gets its margins beforehand.
-    exchanged = (out[0] + rows) * out[1] > height * (width + sum(window.padding[1]))
-    crops = any(low < 0 or high < 0 for low, high in window.padding)
-    return None if crops or exchanged or rows > MAX_SPARE * out[0] else rows
-
-
-def _dense_weight_by_convolution(window: Window, k_shape, x: jax.Array, g: jax.Array, rows: int) -> jax.Array:
+def _dense_weight_by_convolution(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
     """The batch acts as the channels, so both operands are transposed first and the result is channels-last again."""
-    tall, wide = window.padding
-
-    zero = jnp.zeros((), x.dtype)
-    wider = lax.pad(x, zero, [(0, 0, 0), (0, 0, 0), (*wide, 0), (0, 0, 0)])
-    taller = lax.pad(g, zero, [(0, 0, 0), (0, rows, 0), (0, 0, 0), (0, 0, 0)])
-    with jax.named_scope(f"spare_gradient_rows_{rows}"), jax.named_scope(f"with_margins_0x0x1_{wide[0]}x{wide[1]}x1"):
-        return _turned(_convolution, window._replace(padding=(tall, (0, 0))), k_shape, wider, taller)
-
-
-def _turned(convolution: Callable[..., jax.Array], window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
     space = tuple(range(1, x.ndim - 1))
     padding = []
     for axis, (low, _) in enumerate(window.padding):
@@ -297,7 +278,7 @@ def _turned(convolution: Callable[..., jax.Array], window: Window, k_shape, x: j
     turned = Window(
         window.rhs_dilation, tuple(padding), window.lhs_dilation, window.strides, precision=window.precision
     )
-    dk = convolution(turned, x.transpose(x.ndim - 1, *space, 0), g.transpose(*space, 0, x.ndim - 1))
+    dk = _direct(turned, x.transpose(x.ndim - 1, *space, 0), g.transpose(*space, 0, x.ndim - 1))
     return dk.transpose(*space, 0, x.ndim - 1)
 
 
@@ -319,12 +300,6 @@ def _shifted_views(window: Window, k_shape, x: jax.Array) -> Iterator[tuple[tupl
 def _with_margins(window: Window, x: jax.Array) -> jax.Array:
     margins = [(low, high, d - 1) for (low, high), d in zip(window.padding, window.lhs_dilation, strict=True)]
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
-
-
-def _without_margins(window: Window) -> Window:
-    """The window for an input that has the margins already."""
-    n = len(window.padding)
-    return window._replace(padding=((0, 0),) * n, lhs_dilation=(1,) * n)
 
 
 def _channels_last(rank: int) -> lax.ConvDimensionNumbers:

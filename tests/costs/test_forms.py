@@ -11,11 +11,13 @@ from jaxeff.costs.macs import CONVENTIONS
 from jaxeff.ops import conv_general_dilated
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
-WIDE = dict(x=(4, 7, 8, 8), k=(3, 3, 8, 20))
+WIDE = dict(x=(8, 7, 8, 8), k=(3, 3, 8, 20))
 CASES = {
-    "spare_row": WIDE,
-    "spare_rows": {**WIDE, "padding": "VALID"},
-    "spare_row_groups": dict(x=(4, 7, 8, 16), k=(3, 3, 8, 40), groups=2),
+    "wide": WIDE,
+    "wide_valid": {**WIDE, "padding": "VALID"},
+    "wide_groups": dict(x=(8, 7, 8, 16), k=(3, 3, 8, 40), groups=2),
+    "wide_stride": {**WIDE, "strides": (2, 3)},
+    "wide_crops": {**WIDE, "padding": ((-1, 0), (2, -2))},
     "kernel_dilated": {**WIDE, "rhs": (1, 2), "padding": ((1, 1), (0, 3))},
     "kernel_larger": dict(x=(4, 2, 2, 8), k=(3, 3, 8, 20)),
     "kernel_larger_crops": dict(x=(4, 2, 2, 8), k=(3, 3, 8, 20), lhs=(2, 1), padding=((1, 1), (-1, 3))),

@@ -91,7 +91,7 @@ DEPTHWISE = dict(channels=3, features=3, groups=3)
 TWICE = dict(channels=3, features=6, groups=3)
 MANY = dict(space=(4, 5), channels=80, features=40, groups=40)
 BIG = dict(kernel=(8, 8))
-WIDE = dict(batch=4, space=(7, 8), channels=8, features=20)
+WIDE = dict(batch=8, space=(7, 8), channels=8, features=20)
 CASES = {
     **{
         f"stride{s}-{name}": case(strides=(s, s), padding=PADDINGS[name])
@@ -129,12 +129,14 @@ CASES = {
     "big-kernel-negative": case(space=(12, 12), **BIG, padding=((-1, 1), (0, 0))),
     "big-kernel-dilated": case(space=(5, 5), **BIG, lhs=(3, 2), rhs=(1, 2), padding=((1, 2), (5, 4))),
     "big-kernel-groups": case(space=(9, 8), **BIG, **TWO),
-    "spare-row": case(**WIDE),
-    "spare-row-kernel-dilated": case(**WIDE, rhs=(1, 2), padding=((1, 1), (0, 3))),
-    "spare-row-asymmetric": case(**WIDE, padding=((2, 0), (1, 0))),
-    "spare-row-groups": case(**{**WIDE, "channels": 16, "features": 40}, groups=2),
-    "spare-rows-valid": case(**WIDE, padding="VALID"),
+    "wide": case(**WIDE),
+    "wide-kernel-dilated": case(**WIDE, rhs=(1, 2), padding=((1, 1), (0, 3))),
+    "wide-asymmetric": case(**WIDE, padding=((2, 0), (1, 0))),
+    "wide-groups": case(**{**WIDE, "channels": 16, "features": 40}, groups=2),
+    "wide-valid": case(**WIDE, padding="VALID"),
     "wide-stride2": case(**WIDE, strides=(2, 2)),
+    "wide-strides-differ-dilated": case(**WIDE, strides=(3, 2), rhs=(1, 2), padding=((1, 0), (2, 1))),
+    "wide-negative": case(**WIDE, padding=NEGATIVE),
     "wide-full-padding": case(**WIDE, padding=((2, 2), (2, 2))),
     "wide-kernel-beyond-input": case(**{**WIDE, "space": (2, 2)}),
     "wide-kernel-beyond-input-dilated": case(**{**WIDE, "space": (2, 2)}, lhs=(2, 1), padding=((1, 1), (-1, 3))),
@@ -397,7 +399,7 @@ def test_by_itself_an_axis_is_unrolled_where_results_are_large(side, expected):
 
 @pytest.mark.parametrize("looped", [False, True])
 def test_xla_leaves_a_layer_and_its_gradients_to_the_kernels_that_use_all_threads(looped):
-    x, k = jnp.ones((4, 8, 8, 16)), jnp.ones((3, 3, 16, 32))
+    x, k = jnp.ones((8, 8, 8, 16)), jnp.ones((3, 3, 16, 32))
 
     def gradients(x, k):
         y, vjp = jax.vjp(lambda x, k: canonical(x, k, (1, 1), "SAME"), x, k)
