@@ -39,20 +39,20 @@ def initialize_distributed(
     Slurm, Open MPI) ``jax.distributed.initialize()`` finds the fields itself; call that instead.
 
     Args:
-        config: a mapping or an object with attributes that holds the four fields below; fields that it lacks, or holds
-            as ``None`` or ``""``, are unset. Keyword arguments win over it.
-        coordinator_address: ``"host:port"`` of process 0, reachable from every host.
-        num_processes: number of processes in all.
-        process_id: which of them this is, from 0.
-        local_device_ids: which of this host's accelerators the process uses; all by default.
-        timeout: seconds to wait for the other processes.
+      config: a mapping or an object with attributes that holds the four fields below; fields that it lacks, or holds
+        as ``None`` or ``""``, are unset. Keyword arguments win over it.
+      coordinator_address: ``"host:port"`` of process 0, reachable from every host.
+      num_processes: number of processes in all.
+      process_id: which of them this is, from 0.
+      local_device_ids: which of this host's accelerators the process uses; all by default.
+      timeout: seconds to wait for the other processes.
 
     Returns:
-        Whether this call started the runtime: ``False`` when nothing is set, or when it runs already as asked.
+      Whether this call started the runtime: ``False`` when nothing is set, or when it runs already as asked.
 
     Raises:
-        ValueError: some of the first three fields are set but not all (the message names the missing ones), a field has
-            an impossible value, or the runtime runs already with other fields.
+      ValueError: some of the first three fields are set but not all (the message names the missing ones), a field has
+        an impossible value, or the runtime runs already with other fields.
     """
     given = {
         "coordinator_address": coordinator_address,
@@ -88,17 +88,17 @@ def process_slice(n: int, mesh: Mesh | None = None, axis: str = "data") -> slice
     """Rows of a global batch that this host has to load.
 
     Args:
-        n: rows of the global batch.
-        mesh: the mesh the batch goes to. Needed when its axes do not simply run through the hosts in order; hosts that
-            hold copies of the same rows (an axis for the model across hosts) then get the same slice.
-        axis: the mesh axis that splits the batch.
+      n: rows of the global batch.
+      mesh: the mesh the batch goes to. Needed when its axes do not simply run through the hosts in order; hosts that
+        hold copies of the same rows (an axis for the model across hosts) then get the same slice.
+      axis: the mesh axis that splits the batch.
 
     Returns:
-        ``slice(start, stop)`` into the global batch; the whole batch on a single host.
+      ``slice(start, stop)`` into the global batch; the whole batch on a single host.
 
     Raises:
-        ValueError: the rows do not divide by the processes (with a mesh: by the devices along the axis), or the mesh
-            orders its devices so that this host's rows are not contiguous.
+      ValueError: the rows do not divide by the processes (with a mesh: by the devices along the axis), or the mesh
+        orders its devices so that this host's rows are not contiguous.
     """
     if mesh is None:
         count, index = jax.process_count(), jax.process_index()
@@ -119,17 +119,17 @@ def global_batch(local_batch: Tree, mesh: Mesh, axis: str = "data") -> Tree:
     """Assembles the global batch from the rows that each host loaded.
 
     Args:
-        local_batch: leaves ``[B_local, ...]``: the rows ``process_slice(B, mesh, axis)`` of the global batch, as many
-            on every host.
-        mesh: the mesh.
-        axis: the mesh axis that splits the rows.
+      local_batch: leaves ``[B_local, ...]``: the rows ``process_slice(B, mesh, axis)`` of the global batch, as many
+        on every host.
+      mesh: the mesh.
+      axis: the mesh axis that splits the rows.
 
     Returns:
-        Leaves ``[B, ...]``: global arrays, row-sharded, of which each host holds its part. On a single host the same as
-        ``shard_batch``.
+      Leaves ``[B, ...]``: global arrays, row-sharded, of which each host holds its part. On a single host the same as
+      ``shard_batch``.
 
     Raises:
-        ValueError: the local rows do not divide by this host's devices along the axis, or the leaves disagree.
+      ValueError: the local rows do not divide by this host's devices along the axis, or the leaves disagree.
     """
     sharding = batch_sharding(mesh, axis)
     size = mesh.shape[axis]
@@ -155,10 +155,10 @@ def gather(value: Any) -> list[Any]:
     Must be called by all hosts alike; waits for the slowest, and for what the devices are still computing.
 
     Args:
-        value: anything JSON can hold.
+      value: anything JSON can hold.
 
     Returns:
-        The values in the order of the hosts; on a single host ``[value]``, at once.
+      The values in the order of the hosts; on a single host ``[value]``, at once.
     """
     if jax.process_count() == 1:
         return [value]
@@ -177,14 +177,14 @@ def on_first(action: Callable[[], Any]) -> Any:
     Must be called by all hosts alike.
 
     Args:
-        action: returns anything JSON can hold; it must not compute on devices of other hosts.
+      action: returns anything JSON can hold; it must not compute on devices of other hosts.
 
     Returns:
-        The result of ``action``, on all hosts; on several hosts as it is after a way through JSON.
+      The result of ``action``, on all hosts; on several hosts as it is after a way through JSON.
 
     Raises:
-        Exception: what ``action`` raises, on the first host.
-        RuntimeError: on the others, with the message of that.
+      Exception: what ``action`` raises, on the first host.
+      RuntimeError: on the others, with the message of that.
     """
     if jax.process_count() == 1:
         return action()

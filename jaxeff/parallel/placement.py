@@ -16,16 +16,16 @@ def mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] |
     """A mesh with named axes over devices.
 
     Args:
-        shape: axis name to number of devices along it, in order; one of them may be -1, which takes the devices that
-            the others leave. ``None`` is ``{"data": -1}``: every device on one axis.
-        devices: the devices to use, ``jax.devices()`` by default, which on several hosts are those of all hosts.
+      shape: axis name to number of devices along it, in order; one of them may be -1, which takes the devices that
+        the others leave. ``None`` is ``{"data": -1}``: every device on one axis.
+      devices: the devices to use, ``jax.devices()`` by default, which on several hosts are those of all hosts.
 
     Returns:
-        A ``jax.sharding.Mesh`` whose axes are left to the compiler (``AxisType.Auto``).
+      A ``jax.sharding.Mesh`` whose axes are left to the compiler (``AxisType.Auto``).
 
     Raises:
-        ValueError: a size is neither positive nor -1, there are two -1, or the sizes do not multiply to the devices.
-        TypeError: a size is not an integer.
+      ValueError: a size is neither positive nor -1, there are two -1, or the sizes do not multiply to the devices.
+      TypeError: a size is not an integer.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = {"data": -1} if shape is None else dict(shape)
@@ -56,14 +56,14 @@ def batch_sharding(mesh: Mesh, axis: str = "data") -> NamedSharding:
     """Sharding of arrays whose leading axis is the batch: split along one mesh axis, copied along the others.
 
     Args:
-        mesh: the mesh.
-        axis: the mesh axis that splits the batch.
+      mesh: the mesh.
+      axis: the mesh axis that splits the batch.
 
     Returns:
-        The sharding, also for the loaders that place batches while the last one is computed on.
+      The sharding, also for the loaders that place batches while the last one is computed on.
 
     Raises:
-        ValueError: the mesh has no such axis.
+      ValueError: the mesh has no such axis.
     """
     check_axis(mesh, axis)
     return NamedSharding(mesh, PartitionSpec(axis))
@@ -73,16 +73,16 @@ def shard_batch(batch: Tree, mesh: Mesh, axis: str = "data") -> Tree:
     """Puts a batch on the mesh, rows split along one axis.
 
     Args:
-        batch: leaves ``[B, ...]``. On several hosts every host must hold the same, whole batch; when each loads its own
-            rows use ``global_batch``.
-        mesh: the mesh.
-        axis: the mesh axis that splits the rows.
+      batch: leaves ``[B, ...]``. On several hosts every host must hold the same, whole batch; when each loads its own
+        rows use ``global_batch``.
+      mesh: the mesh.
+      axis: the mesh axis that splits the rows.
 
     Returns:
-        The batch as global arrays ``[B, ...]``.
+      The batch as global arrays ``[B, ...]``.
 
     Raises:
-        ValueError: B does not divide by the devices along the axis, or the leaves disagree about B.
+      ValueError: B does not divide by the devices along the axis, or the leaves disagree about B.
     """
     sharding = batch_sharding(mesh, axis)
     check_divides(batch, mesh.shape[axis], f"devices on axis {axis!r}")
@@ -93,12 +93,12 @@ def replicate(tree: Tree, mesh: Mesh) -> Tree:
     """Puts a copy of every leaf on every device of the mesh.
 
     Args:
-        tree: the state; when there are several hosts, that of the first one is taken.
-        mesh: the mesh.
+      tree: the state; when there are several hosts, that of the first one is taken.
+      mesh: the mesh.
 
     Returns:
-        The same tree of global, replicated arrays. A copy already on a device is reused, so a later step that donates
-        its state takes the original with it.
+      The same tree of global, replicated arrays. A copy already on a device is reused, so a later step that donates
+      its state takes the original with it.
     """
     return put(tree, replicated(mesh))
 
@@ -107,13 +107,13 @@ def put(tree: Tree, sharding: Sharding) -> Tree:
     """Puts every leaf where a sharding wants it, also where it spans several hosts.
 
     Args:
-        tree: arrays, typed PRNG keys among them. When the devices are of several hosts, every host must hold a tree of
-            the same shapes and dtypes, and the values of the first host are taken: hosts that are not alike may round
-            differently what they computed from the same seed, and copies that differ would stay different.
-        sharding: that of every leaf.
+      tree: arrays, typed PRNG keys among them. When the devices are of several hosts, every host must hold a tree of
+        the same shapes and dtypes, and the values of the first host are taken: hosts that are not alike may round
+        differently what they computed from the same seed, and copies that differ would stay different.
+      sharding: that of every leaf.
 
     Returns:
-        The same tree of global arrays.
+      The same tree of global arrays.
     """
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
@@ -131,15 +131,15 @@ def divide_batch(batch: Tree, parts: int, what: str = "parts") -> Tree:
     """Splits the rows of a batch into equal, contiguous parts along a new leading axis.
 
     Args:
-        batch: leaves ``[B, ...]``.
-        parts: how many.
-        what: what the parts are, for the error message.
+      batch: leaves ``[B, ...]``.
+      parts: how many.
+      what: what the parts are, for the error message.
 
     Returns:
-        Leaves ``[parts, B / parts, ...]``.
+      Leaves ``[parts, B / parts, ...]``.
 
     Raises:
-        ValueError: B does not divide by the parts, or the leaves disagree about B.
+      ValueError: B does not divide by the parts, or the leaves disagree about B.
     """
     rows = check_divides(batch, parts, what) // parts
     # The array's own reshape: rows that are still on the host stay there.

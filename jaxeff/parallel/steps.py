@@ -37,20 +37,20 @@ def data_parallel(step: Step, mesh: Mesh, axis: str = "data", via: str = "jit", 
     """Compiles a training step for all devices of a mesh.
 
     Args:
-        step: ``(state, batch) -> (state, metrics)``; the top of this module says what it computes under each ``via``.
-        mesh: the mesh; along axes other than ``axis`` the work is repeated.
-        axis: the mesh axis that splits the batch, and the axis name that a ``shard_map`` step reduces over.
-        via: ``"jit"`` or ``"shard_map"``.
-        donate: whether the memory of the state is reused for the new state, after which the old one cannot be read.
+      step: ``(state, batch) -> (state, metrics)``; the top of this module says what it computes under each ``via``.
+      mesh: the mesh; along axes other than ``axis`` the work is repeated.
+      axis: the mesh axis that splits the batch, and the axis name that a ``shard_map`` step reduces over.
+      via: ``"jit"`` or ``"shard_map"``.
+      donate: whether the memory of the state is reused for the new state, after which the old one cannot be read.
 
     Returns:
-        A function called like ``step``. It takes host arrays or arrays anywhere on the mesh (those of ``shard_batch``
-        and ``replicate`` are used where they are) and returns replicated arrays. It raises ``ValueError`` for a batch
-        that does not divide by the devices, before anything is traced, and after the first ``shard_map`` call for
-        replicas that differ.
+      A function called like ``step``. It takes host arrays or arrays anywhere on the mesh (those of ``shard_batch``
+      and ``replicate`` are used where they are) and returns replicated arrays. It raises ``ValueError`` for a batch
+      that does not divide by the devices, before anything is traced, and after the first ``shard_map`` call for
+      replicas that differ.
 
     Raises:
-        ValueError: unknown ``via``, or the mesh has no such axis.
+      ValueError: unknown ``via``, or the mesh has no such axis.
     """
     if via not in _VIA:
         raise ValueError(f"data_parallel: via must be one of {list(_VIA)}, got {via!r}")
@@ -79,16 +79,16 @@ def pmap_step(step: Step, axis_name: str = "data", devices: Sequence[jax.Device]
     ``jax.pmap`` is in maintenance mode; new code is better served by ``data_parallel``.
 
     Args:
-        step: ``(state, batch) -> (state, metrics)`` on one device's rows; it reduces gradients, metrics and statistics
-            with ``jax.lax.pmean(x, axis_name)``.
-        axis_name: name of the mapped axis.
-        devices: the devices to use, all local ones by default.
+      step: ``(state, batch) -> (state, metrics)`` on one device's rows; it reduces gradients, metrics and statistics
+        with ``jax.lax.pmean(x, axis_name)``.
+      axis_name: name of the mapped axis.
+      devices: the devices to use, all local ones by default.
 
     Returns:
-        A function called like ``step``: leaves ``[B, ...]`` are cut into ``[devices, B / devices, ...]``, the state is
-        broadcast, and one copy of the new state and of the metrics comes back. On several hosts every host passes its
-        own rows, and B counts those. It raises ``ValueError`` for a batch
-        that does not divide by the devices, and after the first call for replicas that differ.
+      A function called like ``step``: leaves ``[B, ...]`` are cut into ``[devices, B / devices, ...]``, the state is
+      broadcast, and one copy of the new state and of the metrics comes back. On several hosts every host passes its
+      own rows, and B counts those. It raises ``ValueError`` for a batch
+      that does not divide by the devices, and after the first call for replicas that differ.
     """
     used = list(jax.local_devices() if devices is None else devices)
     compiled = jax.pmap(step, axis_name=axis_name, in_axes=(None, 0), out_axes=None, devices=used)
@@ -110,18 +110,18 @@ def accumulate_gradients(grad_fn: Callable[[Tree], Tree], batch: Tree, steps: in
     Inside a ``jax.shard_map`` of your own, pass it ``check_vma=False``, as ``data_parallel`` does.
 
     Args:
-        grad_fn: microbatch to a tree of floating-point means, for instance
-            ``lambda rows: jax.value_and_grad(loss, has_aux=True)(params, rows)``.
-        batch: leaves ``[B, ...]``. Random keys that differ between microbatches go in here, one per row.
-        steps: number of microbatches; only one microbatch's activations are alive at a time.
+      grad_fn: microbatch to a tree of floating-point means, for instance
+        ``lambda rows: jax.value_and_grad(loss, has_aux=True)(params, rows)``.
+      batch: leaves ``[B, ...]``. Random keys that differ between microbatches go in here, one per row.
+      steps: number of microbatches; only one microbatch's activations are alive at a time.
 
     Returns:
-        What ``grad_fn`` returns, averaged. Sums are accumulated in float32 at least and cast back to each leaf's dtype.
+      What ``grad_fn`` returns, averaged. Sums are accumulated in float32 at least and cast back to each leaf's dtype.
 
     Raises:
-        ValueError: B does not divide by ``steps``.
-        TypeError: ``grad_fn`` returns leaves that are not floating point, such as integer counts, whose mean has no
-            meaning in their dtype.
+      ValueError: B does not divide by ``steps``.
+      TypeError: ``grad_fn`` returns leaves that are not floating point, such as integer counts, whose mean has no
+        meaning in their dtype.
     """
     rows = check_divides(batch, steps, "accumulation steps") // steps
 

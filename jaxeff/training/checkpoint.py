@@ -50,12 +50,12 @@ class Checkpoints:
     that all of them see.
 
     Args:
-        directory: folder of the checkpoints.
-        keep: how many of the newest to keep, at least 1.
+      directory: folder of the checkpoints.
+      keep: how many of the newest to keep, at least 1.
 
     Raises:
-        ImportError: if orbax-checkpoint is missing.
-        ValueError: if `keep` is less than 1.
+      ImportError: if orbax-checkpoint is missing.
+      ValueError: if `keep` is less than 1.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 3):
@@ -93,14 +93,14 @@ class Checkpoints:
         """Saves the state in the background; waits only for an earlier save that is still being written.
 
         Args:
-            step: number of finished steps, the checkpoint's name.
-            state: pytree of arrays; typed PRNG keys are allowed. It may be donated as soon as this returns.
-            meta: what else belongs to it; anything JSON can hold.
+          step: number of finished steps, the checkpoint's name.
+          state: pytree of arrays; typed PRNG keys are allowed. It may be donated as soon as this returns.
+          meta: what else belongs to it; anything JSON can hold.
 
         Raises:
-            SaveFailed: if this save or an earlier one in the background failed.
-            TypeError: if `meta` holds what JSON cannot.
-            CheckpointError: if there is a checkpoint of this step already.
+          SaveFailed: if this save or an earlier one in the background failed.
+          TypeError: if `meta` holds what JSON cannot.
+          CheckpointError: if there is a checkpoint of this step already.
         """
         self.wait()
         if step in self.steps():
@@ -124,7 +124,7 @@ class Checkpoints:
         """Returns when everything is written.
 
         Raises:
-            SaveFailed: if it could not be written.
+          SaveFailed: if it could not be written.
         """
         if self._manager is None:
             return
@@ -147,18 +147,18 @@ class Checkpoints:
         """Returns a saved state and what was saved beside it, after checking both.
 
         Args:
-            like: the tree that is expected, of arrays or `jax.ShapeDtypeStruct`; where such a leaf has a sharding, the
-                array is restored to it, otherwise to the default device, uncommitted.
-            step: which one; None for the newest.
+          like: the tree that is expected, of arrays or `jax.ShapeDtypeStruct`; where such a leaf has a sharding, the
+            array is restored to it, otherwise to the default device, uncommitted.
+          step: which one; None for the newest.
 
         Returns:
-            `(state, meta)`; bit-equal to what was saved.
+          `(state, meta)`; bit-equal to what was saved.
 
         Raises:
-            NoCheckpoint: if there is none, or none of that step.
-            CorruptCheckpoint: if files are missing, cut off or changed; names the path and the newest older step that
-                can be read.
-            ForeignCheckpoint: if leaves, shapes or dtypes differ; names the first that do.
+          NoCheckpoint: if there is none, or none of that step.
+          CorruptCheckpoint: if files are missing, cut off or changed; names the path and the newest older step that
+            can be read.
+          ForeignCheckpoint: if leaves, shapes or dtypes differ; names the first that do.
         """
         step = self._existing(step)
         path = self.directory / str(step)
@@ -181,11 +181,11 @@ class Checkpoints:
         """Returns what was saved beside a state, without reading the state.
 
         Args:
-            step: which one; None for the newest.
+          step: which one; None for the newest.
 
         Raises:
-            NoCheckpoint: if there is none, or none of that step.
-            CorruptCheckpoint: if it cannot be read.
+          NoCheckpoint: if there is none, or none of that step.
+          CorruptCheckpoint: if it cannot be read.
         """
         return self._record(self._existing(step))[1]
 

@@ -23,12 +23,12 @@ def draw_curves(
     """Draws one panel per metric with one line per run and saves the figure.
 
     Args:
-        curves: for every panel, points (step, value) by the run's name.
-        panels: for every panel, the metric's key and its title.
-        path: the PNG to write.
+      curves: for every panel, points (step, value) by the run's name.
+      panels: for every panel, the metric's key and its title.
+      path: the PNG to write.
 
     Returns:
-        The path.
+      The path.
     """
     figure = _figure(width=4.1 * len(panels) + 0.6, height=3.4)
     names = list(dict.fromkeys(name for panel in curves for name in panel))
@@ -63,12 +63,12 @@ def draw_comparison(
     """Draws one panel per cost with one point per network and saves the figure.
 
     Args:
-        rows: networks with "name", "accuracy" (0..1), optional "accuracy_range", and costs.
-        panels: for every panel, the cost's key and its title.
-        path: the PNG to write.
+      rows: networks with "name", "accuracy" (0..1), optional "accuracy_range", and costs.
+      panels: for every panel, the cost's key and its title.
+      path: the PNG to write.
 
     Returns:
-        The path.
+      The path.
     """
     figure = _figure(width=3.7 * len(panels) + 0.5, height=3.5)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]

@@ -14,8 +14,8 @@ class NonFiniteLoss(FloatingPointError):
     """The loss or the state became NaN or infinite.
 
     Attributes:
-        step: number of the step that did it, counted from 1.
-        last_good: step of the newest checkpoint, whose values are all finite; None when there is none.
+      step: number of the step that did it, counted from 1.
+      last_good: step of the newest checkpoint, whose values are all finite; None when there is none.
     """
 
     def __init__(self, message: str, step: int, last_good: int | None):
@@ -30,7 +30,7 @@ class FiniteWatch:
     Leaves that hold infinities from the beginning (masks, best-so-far values) are the method's business.
 
     Args:
-        state: pytree of arrays at the beginning.
+      state: pytree of arrays at the beginning.
     """
 
     def __init__(self, state: Any):
@@ -40,7 +40,7 @@ class FiniteWatch:
         """Returns the name of the first such leaf, None when there is none; waits for the device.
 
         Args:
-            state: pytree of the same structure.
+          state: pytree of the same structure.
         """
         before, now = jax.device_get((self._before, _finite_leaves(state)))
         names = trees.paths(state)
@@ -56,9 +56,9 @@ def non_finite(what: str, step: int, checkpoints: Checkpoints | None) -> NonFini
     """Returns the error that names the step and the newest checkpoint before it.
 
     Args:
-        what: what was seen where.
-        step: number of the step, counted from 1.
-        checkpoints: those of the run; a save in progress is waited for. None when the run keeps none.
+      what: what was seen where.
+      step: number of the step, counted from 1.
+      checkpoints: those of the run; a save in progress is waited for. None when the run keeps none.
     """
     good = None
     if checkpoints is None:

@@ -24,9 +24,9 @@ class Interrupted(SystemExit):
     Left uncaught it ends the process with the usual exit status of that signal.
 
     Attributes:
-        step: number of finished steps.
-        signal: the signal's number.
-        code: exit status, 128 + signal.
+      step: number of finished steps.
+      signal: the signal's number.
+      code: exit status, 128 + signal.
     """
 
     def __init__(self, step: int, signum: int, message: str):
@@ -46,7 +46,7 @@ class StopRequest:
     left without an exception is handed on to them.
 
     Attributes:
-        signal: number of the signal that arrived at this process, None before.
+      signal: number of the signal that arrived at this process, None before.
     """
 
     def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)):
@@ -76,7 +76,7 @@ class StopRequest:
         any of them becomes known at one and the same call to all, about a second later, because that often they ask.
 
         Args:
-            now: ask at this call, and start anew to find out how many calls take a second.
+          now: ask at this call, and start anew to find out how many calls take a second.
         """
         if self._alone:
             return self.signal

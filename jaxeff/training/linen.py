@@ -17,9 +17,9 @@ class ModelFunctions(NamedTuple):
     """A network as two pure functions.
 
     Attributes:
-        init: `(key, inputs) -> variables`, a dictionary with "params" and whatever else the model keeps.
-        apply: `(variables, inputs, train, key) -> (outputs, model_state)`, where model_state holds every collection
-            but "params", updated when `train` is True. `key` may be None when `train` is False.
+      init: `(key, inputs) -> variables`, a dictionary with "params" and whatever else the model keeps.
+      apply: `(variables, inputs, train, key) -> (outputs, model_state)`, where model_state holds every collection
+        but "params", updated when `train` is True. `key` may be None when `train` is False.
     """
 
     init: Callable[[jax.Array, Any], dict[str, Any]]
@@ -33,15 +33,15 @@ def from_linen(module: nn.Module, *, rngs: tuple[str, ...] = ("dropout",)) -> Mo
     while training and constant otherwise.
 
     Args:
-        module: the module; its `__call__` takes `(inputs, train: bool)`, or only `inputs` when it behaves the same in
-            both modes.
-        rngs: names of the random streams that the module draws from while training.
+      module: the module; its `__call__` takes `(inputs, train: bool)`, or only `inputs` when it behaves the same in
+        both modes.
+      rngs: names of the random streams that the module draws from while training.
 
     Returns:
-        The pair `(init, apply)`, to be passed to `classification(*from_linen(module), ...)`.
+      The pair `(init, apply)`, to be passed to `classification(*from_linen(module), ...)`.
 
     Raises:
-        TypeError: if `module` is not a Linen module.
+      TypeError: if `module` is not a Linen module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(

@@ -32,11 +32,11 @@ class FitResult(NamedTuple):
     """What a finished run hands back.
 
     Attributes:
-        state: the final state.
-        step: number of finished steps.
-        history: rows of metrics, `{"step", "train/loss", ...}` and `{"step", "eval/accuracy", ...}`; with a work
-            directory also those of the earlier runs that this one continued.
-        evaluation: the last evaluation's means by name, `{}` when there was none.
+      state: the final state.
+      step: number of finished steps.
+      history: rows of metrics, `{"step", "train/loss", ...}` and `{"step", "eval/accuracy", ...}`; with a work
+        directory also those of the earlier runs that this one continued.
+      evaluation: the last evaluation's means by name, `{}` when there was none.
     """
 
     state: Any
@@ -80,38 +80,38 @@ def fit(
     waits for the device only at log intervals, evaluations and checkpoints.
 
     Args:
-        method: `init`, `step` and `evaluate`; `step` is compiled once and the state is donated to it.
-        batches_from: `start -> iterator` over the batches from the one that step `start + 1` takes; a pure function of
-            `start`, such as `jaxeff.data.Batches(...).starting_at`, so that a resumed run sees the same data.
-        steps: number of steps of the whole run.
-        key: typed PRNG key (`jax.random.key(seed)`) for `method.init`.
-        workdir: directory for `config.json`, `metrics.jsonl` and `checkpoints/`; None keeps nothing.
-        evaluate_on: returns the evaluation batches, at each evaluation anew; None for no evaluation.
-        eval_every: steps between evaluations; None evaluates at the end only.
-        log_every: steps between rows of metrics; a row holds the means over its interval.
-        checkpoint_every: steps between checkpoints; None saves at the end and when interrupted only.
-        keep: how many of the newest checkpoints to keep.
-        config: mapping (or ConfigDict) that identifies the run; a work directory of another config is refused.
-        examples_per_step: for the throughput in examples per second; by default the length of the batch's first axis
-            where all its arrays share one, else steps are counted.
-        progress: show progress on standard error.
-        step_transform: makes the compiled, donating function from `method.step`, in place of `jax.jit` with donation:
-            `lambda step: jaxeff.parallel.data_parallel(step, mesh)`.
-        state_sharding: how every leaf of the state is placed, `NamedSharding(mesh, P())` for a replicated one; None
-            leaves it on the default device.
-        overwrite: delete the run in the work directory and start again.
-        tensorboard: also write TensorBoard event files to the work directory.
+      method: `init`, `step` and `evaluate`; `step` is compiled once and the state is donated to it.
+      batches_from: `start -> iterator` over the batches from the one that step `start + 1` takes; a pure function of
+        `start`, such as `jaxeff.data.Batches(...).starting_at`, so that a resumed run sees the same data.
+      steps: number of steps of the whole run.
+      key: typed PRNG key (`jax.random.key(seed)`) for `method.init`.
+      workdir: directory for `config.json`, `metrics.jsonl` and `checkpoints/`; None keeps nothing.
+      evaluate_on: returns the evaluation batches, at each evaluation anew; None for no evaluation.
+      eval_every: steps between evaluations; None evaluates at the end only.
+      log_every: steps between rows of metrics; a row holds the means over its interval.
+      checkpoint_every: steps between checkpoints; None saves at the end and when interrupted only.
+      keep: how many of the newest checkpoints to keep.
+      config: mapping (or ConfigDict) that identifies the run; a work directory of another config is refused.
+      examples_per_step: for the throughput in examples per second; by default the length of the batch's first axis
+        where all its arrays share one, else steps are counted.
+      progress: show progress on standard error.
+      step_transform: makes the compiled, donating function from `method.step`, in place of `jax.jit` with donation:
+        `lambda step: jaxeff.parallel.data_parallel(step, mesh)`.
+      state_sharding: how every leaf of the state is placed, `NamedSharding(mesh, P())` for a replicated one; None
+        leaves it on the default device.
+      overwrite: delete the run in the work directory and start again.
+      tensorboard: also write TensorBoard event files to the work directory.
 
     Returns:
-        The final state, the metrics and the last evaluation.
+      The final state, the metrics and the last evaluation.
 
     Raises:
-        Interrupted: (a SystemExit) on SIGTERM or Ctrl-C, after saving.
-        NonFiniteLoss: if the loss is NaN or infinite; names the step and the last good checkpoint. A state with new
-            non-finite values is never saved.
-        ForeignWorkdir: if the work directory belongs to another config.
-        CheckpointError: if the newest checkpoint is damaged or belongs to something else, or a save fails.
-        ValueError, TypeError: for arguments out of range, or batches that end too early.
+      Interrupted: (a SystemExit) on SIGTERM or Ctrl-C, after saving.
+      NonFiniteLoss: if the loss is NaN or infinite; names the step and the last good checkpoint. A state with new
+        non-finite values is never saved.
+      ForeignWorkdir: if the work directory belongs to another config.
+      CheckpointError: if the newest checkpoint is damaged or belongs to something else, or a save fails.
+      ValueError, TypeError: for arguments out of range, or batches that end too early.
     """
     # ---- Arguments --------------------------------------------------------------------------------------------------
     _check_arguments(steps, key, eval_every, log_every, checkpoint_every, workdir, tensorboard)

@@ -22,13 +22,13 @@ class MetricsWriter:
     Every row is handed to the operating system when it is written, so rows survive the death of the process.
 
     Args:
-        directory: work directory; created when missing.
-        resume_from: step the run continues from; rows after it, left by a run that was killed, are dropped. None keeps
-            every row.
-        tensorboard: also write event files to `directory/tensorboard` (needs tensorboardX).
+      directory: work directory; created when missing.
+      resume_from: step the run continues from; rows after it, left by a run that was killed, are dropped. None keeps
+        every row.
+      tensorboard: also write event files to `directory/tensorboard` (needs tensorboardX).
 
     Raises:
-        ImportError: if tensorboard is asked for and tensorboardX is missing.
+      ImportError: if tensorboard is asked for and tensorboardX is missing.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, resume_from: int | None = None, tensorboard: bool = False):
@@ -49,14 +49,14 @@ class MetricsWriter:
         """Writes one row and returns it.
 
         Args:
-            step: number of finished steps.
-            values: numbers by name. Not-a-number and infinity, which JSON lacks, are written as null.
+          step: number of finished steps.
+          values: numbers by name. Not-a-number and infinity, which JSON lacks, are written as null.
 
         Returns:
-            The row `{"step": step, **values}`.
+          The row `{"step": step, **values}`.
 
         Raises:
-            OSError: if the file cannot be written; names it.
+          OSError: if the file cannot be written; names it.
         """
         row = {"step": int(step), **{name: float(value) for name, value in values.items()}}
         plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
@@ -83,14 +83,14 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
     """Returns the rows of a metrics file in the order in which they were written.
 
     Args:
-        path: the file, or the work directory that holds it.
+      path: the file, or the work directory that holds it.
 
     Returns:
-        Dictionaries with an int "step" and floats; null is read as NaN. A last line that was cut off is left out.
+      Dictionaries with an int "step" and floats; null is read as NaN. A last line that was cut off is left out.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if another line is not JSON; names the line.
+      FileNotFoundError: if there is no such file.
+      ValueError: if another line is not JSON; names the line.
     """
     path = pathlib.Path(path)
     path = path / FILE_NAME if path.is_dir() else path
@@ -113,10 +113,10 @@ def mean_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Returns the mean of every name over rows that all have the same names, in float64.
 
     Args:
-        rows: dictionaries of numbers.
+      rows: dictionaries of numbers.
 
     Returns:
-        The means; empty for no rows.
+      The means; empty for no rows.
     """
     rows = list(rows)
     return {name: math.fsum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
@@ -135,10 +135,10 @@ class EvaluationSums:
         """Adds the sums of one batch.
 
         Args:
-            sums: scalars by name, "count" among them.
+          sums: scalars by name, "count" among them.
 
         Raises:
-            ValueError: if there is no "count".
+          ValueError: if there is no "count".
         """
         if "count" not in sums:
             raise ValueError(f'evaluate: the sums need a "count" of valid examples, got {", ".join(sorted(sums))}')
@@ -148,7 +148,7 @@ class EvaluationSums:
         """Returns the mean over all valid examples of every name but "count".
 
         Raises:
-            ValueError: if no valid example was added.
+          ValueError: if no valid example was added.
         """
         parts = jax.device_get(self._parts)
         count = math.fsum(float(part["count"]) for part in parts)

@@ -32,26 +32,26 @@ def schedule(
     the steps that are left.
 
     Args:
-        name: "constant"; "cosine" (half a cosine from `base` to `end`); "linear" (from `base` to `end`); "step"
-            (multiplied by `factor` at each boundary); "warmup_cosine" (cosine that insists on a warm-up).
-        base: learning rate after the warm-up; finite and not negative.
-        steps: length of the whole run in steps, warm-up included; needed by cosine, linear and fractional boundaries.
-        warmup: length of the warm-up in steps.
-        end: learning rate at the end of cosine and linear.
-        boundaries: for "step", the steps at which the rate drops, increasing: whole numbers of steps, or fractions of
-            `steps` in (0, 1).
-        factor: for "step", what the rate is multiplied by at each boundary.
+      name: "constant"; "cosine" (half a cosine from `base` to `end`); "linear" (from `base` to `end`); "step"
+        (multiplied by `factor` at each boundary); "warmup_cosine" (cosine that insists on a warm-up).
+      base: learning rate after the warm-up; finite and not negative.
+      steps: length of the whole run in steps, warm-up included; needed by cosine, linear and fractional boundaries.
+      warmup: length of the warm-up in steps.
+      end: learning rate at the end of cosine and linear.
+      boundaries: for "step", the steps at which the rate drops, increasing: whole numbers of steps, or fractions of
+        `steps` in (0, 1).
+      factor: for "step", what the rate is multiplied by at each boundary.
 
     Returns:
-        `count -> rate`, float32 scalar; a traced count is fine, so a schedule never makes a step compile again.
+      `count -> rate`, float32 scalar; a traced count is fine, so a schedule never makes a step compile again.
 
     Raises:
-        ValueError: for an unknown name (lists the valid ones) or an argument out of range (names it).
+      ValueError: for an unknown name (lists the valid ones) or an argument out of range (names it).
 
     Example:
-        >>> rate = schedule("cosine", 0.1, steps=100, warmup=10)
-        >>> [round(float(rate(step)), 3) for step in (0, 5, 10, 55, 100)]
-        [0.0, 0.05, 0.1, 0.05, 0.0]
+      >>> rate = schedule("cosine", 0.1, steps=100, warmup=10)
+      >>> [round(float(rate(step)), 3) for step in (0, 5, 10, 55, 100)]
+      [0.0, 0.05, 0.1, 0.05, 0.0]
     """
     _check_name("schedule", name, SCHEDULES)
     _check_rate("base", base)
@@ -85,21 +85,21 @@ def optimizer(
     (decoupled decay).
 
     Args:
-        name: "sgd" (momentum=0.0, nesterov=False), "adam", "adamw", "lamb" (b1=0.9, b2=0.999, eps=1e-8; lamb 1e-6),
-            "lars" (momentum=0.9, nesterov=False, trust_coefficient=0.001), "lion" (b1=0.9, b2=0.99) or "rmsprop"
-            (decay_rate=0.9, eps=1e-8, momentum=0.0).
-        schedule: learning rate, a number or a function of the number of finished steps.
-        weight_decay: coefficient, not negative.
-        decay: which parameters decay: "weights" leaves out biases, norm scales and everything of fewer than two axes;
-            "all"; or a function from the parameters to a tree of bools.
-        clip_norm: largest global L2 norm of the gradient; None does not clip.
-        **options: the options of this optimiser, listed above.
+      name: "sgd" (momentum=0.0, nesterov=False), "adam", "adamw", "lamb" (b1=0.9, b2=0.999, eps=1e-8; lamb 1e-6),
+        "lars" (momentum=0.9, nesterov=False, trust_coefficient=0.001), "lion" (b1=0.9, b2=0.99) or "rmsprop"
+        (decay_rate=0.9, eps=1e-8, momentum=0.0).
+      schedule: learning rate, a number or a function of the number of finished steps.
+      weight_decay: coefficient, not negative.
+      decay: which parameters decay: "weights" leaves out biases, norm scales and everything of fewer than two axes;
+        "all"; or a function from the parameters to a tree of bools.
+      clip_norm: largest global L2 norm of the gradient; None does not clip.
+      **options: the options of this optimiser, listed above.
 
     Returns:
-        The optax transformation. Somewhere in its state is a float32 scalar called `learning_rate`.
+      The optax transformation. Somewhere in its state is a float32 scalar called `learning_rate`.
 
     Raises:
-        ValueError: for an unknown name or option (lists the valid ones) or a value out of range (names it).
+      ValueError: for an unknown name or option (lists the valid ones) or a value out of range (names it).
     """
     _check_name("optimizer", name, OPTIMIZERS)
     build, coupled = OPTIMIZERS[name]
@@ -124,18 +124,18 @@ def optimizer_from(config: Mapping[str, Any], steps: int) -> optax.GradientTrans
     """Returns the optimiser that a section of a config describes.
 
     Args:
-        config: `{"name": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "schedule": {"name": "cosine", "base": 0.1,
-            "warmup": 100}}`: the arguments of `optimizer`, with `schedule` a number or the arguments of `schedule`.
-        steps: number of steps of the run, used where the schedule does not say its own.
+      config: `{"name": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "schedule": {"name": "cosine", "base": 0.1,
+        "warmup": 100}}`: the arguments of `optimizer`, with `schedule` a number or the arguments of `schedule`.
+      steps: number of steps of the run, used where the schedule does not say its own.
 
     Returns:
-        The optax transformation.
+      The optax transformation.
 
     Raises:
-        ValueError: for a missing or unknown field; lists the valid ones.
+      ValueError: for a missing or unknown field; lists the valid ones.
 
     Example:
-        >>> tx = optimizer_from({"name": "adam", "schedule": {"name": "linear", "base": 1e-3}}, steps=100)
+      >>> tx = optimizer_from({"name": "adam", "schedule": {"name": "linear", "base": 1e-3}}, steps=100)
     """
     fields = _section("optimizer", config, ("name", "schedule"))
     rate = fields.pop("schedule")
@@ -148,14 +148,14 @@ def schedule_from(config: Mapping[str, Any], steps: int) -> Schedule:
     """Returns the schedule that a section of a config describes.
 
     Args:
-        config: the arguments of `schedule`, `{"name": "cosine", "base": 0.1, "warmup": 100}`.
-        steps: number of steps of the run, used where the section does not say its own.
+      config: the arguments of `schedule`, `{"name": "cosine", "base": 0.1, "warmup": 100}`.
+      steps: number of steps of the run, used where the section does not say its own.
 
     Returns:
-        `count -> rate`.
+      `count -> rate`.
 
     Raises:
-        ValueError: for a missing or unknown field; lists the valid ones.
+      ValueError: for a missing or unknown field; lists the valid ones.
     """
     fields = _section("schedule", config, ("name", "base"))
     valid = tuple(inspect.signature(schedule).parameters)
@@ -171,10 +171,10 @@ def decays(params: Any) -> Any:
     """Returns which parameters take weight decay by default: not biases, norm scales, or anything below two axes.
 
     Args:
-        params: pytree of arrays.
+      params: pytree of arrays.
 
     Returns:
-        Tree of bools.
+      Tree of bools.
     """
 
     def one(name: str, leaf: Any) -> bool:
@@ -283,8 +283,8 @@ class ShownRateState(NamedTuple):
     """State of the last link of every optimiser here.
 
     Attributes:
-        updates: int32 scalar, number of finished updates.
-        learning_rate: float32 scalar, the rate of the last update (of the first one before it).
+      updates: int32 scalar, number of finished updates.
+      learning_rate: float32 scalar, the rate of the last update (of the first one before it).
     """
 
     updates: jax.Array

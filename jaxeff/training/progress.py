@@ -17,10 +17,10 @@ class Progress:
     line per report. Disabled, it writes nothing.
 
     Args:
-        steps: number of steps of the whole run.
-        start: steps that an earlier run has finished already.
-        enabled: False shows neither bar nor lines; `note` still writes.
-        stream: where to write; standard error by default.
+      steps: number of steps of the whole run.
+      start: steps that an earlier run has finished already.
+      enabled: False shows neither bar nor lines; `note` still writes.
+      stream: where to write; standard error by default.
     """
 
     def __init__(self, steps: int, *, start: int = 0, enabled: bool = True, stream: TextIO | None = None):
@@ -52,7 +52,7 @@ class Progress:
         """Takes note that a step was started; redraws at most ten times a second.
 
         Args:
-            step: number of steps started so far.
+          step: number of steps started so far.
         """
         self._step = step
         if self._bar is None:
@@ -66,10 +66,10 @@ class Progress:
         """Shows the metrics of a log interval.
 
         Args:
-            step: number of finished steps.
-            values: numbers to show by name.
-            unit: what `rate` counts.
-            rate: throughput of the interval; 0 where it is not known yet.
+          step: number of finished steps.
+          values: numbers to show by name.
+          unit: what `rate` counts.
+          rate: throughput of the interval; 0 where it is not known yet.
         """
         left = self._pace.seconds_left(step, self._steps)
         parts = [f"{name} {value:.4g}" for name, value in values.items()]
@@ -87,7 +87,7 @@ class Progress:
         """Writes a line that must be seen, above the bar where there is one, also when progress is disabled.
 
         Args:
-            text: the line.
+          text: the line.
         """
         if self._bar is None:
             print(text, file=self._stream, flush=True)

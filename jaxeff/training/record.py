@@ -19,7 +19,7 @@ def encode(state: Any) -> Any:
     """Returns the state with PRNG keys as the unsigned integers behind them.
 
     Args:
-        state: pytree of arrays.
+      state: pytree of arrays.
     """
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
 
@@ -28,11 +28,11 @@ def describe(state: Any) -> dict[str, dict[str, Any]]:
     """Returns the record of every leaf by its name, as plain JSON values.
 
     Args:
-        state: pytree of arrays.
+      state: pytree of arrays.
 
     Returns:
-        "shape", "dtype", for a PRNG key its implementation "key", and, where every process sees the whole array, the
-        "crc32" of its bytes.
+      "shape", "dtype", for a PRNG key its implementation "key", and, where every process sees the whole array, the
+      "crc32" of its bytes.
     """
     encoded = jax.tree.leaves(encode(state))
     for leaf in encoded:
@@ -53,8 +53,8 @@ def other_tree(leaves: Leaves, like: Any) -> str | None:
     """Returns how the recorded leaves differ from the expected ones, None when they do not.
 
     Args:
-        leaves: the record.
-        like: pytree of arrays or `jax.ShapeDtypeStruct`.
+      leaves: the record.
+      like: pytree of arrays or `jax.ShapeDtypeStruct`.
     """
     expected = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in trees.flatten_names(like).items()}
     found = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in leaves.items()}
@@ -74,7 +74,7 @@ def template(like: Any) -> Any:
     """Returns what Orbax has to read: the encoded leaves, with a sharding or as NumPy arrays.
 
     Args:
-        like: pytree of arrays or `jax.ShapeDtypeStruct`; the shardings of the latter are kept.
+      like: pytree of arrays or `jax.ShapeDtypeStruct`; the shardings of the latter are kept.
     """
 
     def one(leaf: Any) -> Any:
@@ -92,11 +92,11 @@ def check_sums(encoded: Any, leaves: Leaves) -> None:
     """Compares the bytes that were read with the record.
 
     Args:
-        encoded: the state with keys as integers.
-        leaves: the record.
+      encoded: the state with keys as integers.
+      leaves: the record.
 
     Raises:
-        ValueError: names the first leaf whose bytes differ.
+      ValueError: names the first leaf whose bytes differ.
     """
     for name, leaf in trees.flatten_names(encoded).items():
         expected = leaves[name].get("crc32")
@@ -108,9 +108,9 @@ def decode(encoded: Any, like: Any, leaves: Leaves) -> Any:
     """Returns the state in the containers of `like`, with typed PRNG keys.
 
     Args:
-        encoded: what was read.
-        like: the expected tree.
-        leaves: the record.
+      encoded: what was read.
+      like: the expected tree.
+      leaves: the record.
     """
 
     def one(name: str, leaf: Any) -> jax.Array:

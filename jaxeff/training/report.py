@@ -51,17 +51,17 @@ def learning_curves(histories: Mapping[str, Sequence[Row]], path: str | os.PathL
     """Draws loss and accuracy against the step, one line per run, and saves it as a PNG of 150 dpi.
 
     Args:
-        histories: rows of metrics by the run's name, as `fit` returns them or `read_metrics` reads them. Panels are
-            drawn for what at least one run has of "train/loss", "eval/loss" and "eval/accuracy" ("train/accuracy"
-            where nothing was evaluated).
-        path: the file; its folder is created.
+      histories: rows of metrics by the run's name, as `fit` returns them or `read_metrics` reads them. Panels are
+        drawn for what at least one run has of "train/loss", "eval/loss" and "eval/accuracy" ("train/accuracy"
+        where nothing was evaluated).
+      path: the file; its folder is created.
 
     Returns:
-        The path.
+      The path.
 
     Raises:
-        ValueError: if there is no run, or no run has any of these metrics.
-        ImportError: if matplotlib is missing.
+      ValueError: if there is no run, or no run has any of these metrics.
+      ImportError: if matplotlib is missing.
     """
     if not histories:
         raise ValueError("histories: expected at least one run, got none")
@@ -81,17 +81,17 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike
     """Draws accuracy against parameters, MACs and latency, one point per network, and saves it as a PNG of 150 dpi.
 
     Args:
-        rows: one mapping per network: "name", "accuracy" in 0..1, optional "accuracy_range" (low, high) over seeds, and
-            "params", "macs" (per example), "latency_ms" as far as they are known. A panel whose cost no network has is
-            left out.
-        path: the file; its folder is created.
+      rows: one mapping per network: "name", "accuracy" in 0..1, optional "accuracy_range" (low, high) over seeds, and
+        "params", "macs" (per example), "latency_ms" as far as they are known. A panel whose cost no network has is
+        left out.
+      path: the file; its folder is created.
 
     Returns:
-        The path.
+      The path.
 
     Raises:
-        ValueError: if there is no row, a row lacks its name or accuracy, or names repeat.
-        ImportError: if matplotlib is missing.
+      ValueError: if there is no row, a row lacks its name or accuracy, or names repeat.
+      ImportError: if matplotlib is missing.
     """
     _check_rows(rows)
     panels = [(key, title) for key, title in _COSTS if any(row.get(key) is not None for row in rows)]
@@ -104,16 +104,16 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str | None = None
     """Returns networks side by side as a rich table.
 
     Args:
-        rows: one mapping per network with "name", "accuracy" and any other key of `COLUMNS`; columns that no network
-            has are left out.
-        title: a line above it.
+      rows: one mapping per network with "name", "accuracy" and any other key of `COLUMNS`; columns that no network
+        has are left out.
+      title: a line above it.
 
     Returns:
-        A `rich.table.Table`, for `rich.print`.
+      A `rich.table.Table`, for `rich.print`.
 
     Raises:
-        ValueError: as `comparison_figure`.
-        ImportError: if rich is missing; `comparison_markdown` needs nothing.
+      ValueError: as `comparison_figure`.
+      ImportError: if rich is missing; `comparison_markdown` needs nothing.
     """
     try:
         from rich import box, table
@@ -139,11 +139,11 @@ def write_summary(workdir: str | os.PathLike[str], summary: Mapping[str, Any]) -
     """Writes `summary.json` of a run so that the file is at every moment whole.
 
     Args:
-        workdir: the work directory; created when missing.
-        summary: what the run found out; what JSON does not know becomes its `str`.
+      workdir: the work directory; created when missing.
+      summary: what the run found out; what JSON does not know becomes its `str`.
 
     Returns:
-        The path of the file.
+      The path of the file.
     """
     path = pathlib.Path(workdir) / SUMMARY
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,12 +15,12 @@ class TrainState(NamedTuple):
     """Everything a step reads and writes, as one pytree of arrays that can be saved and restored.
 
     Attributes:
-        step: int32 scalar, the number of finished steps.
-        params: pytree of float arrays, what the optimiser changes.
-        model_state: pytree of the model's other variables, `{"batch_stats": ...}` or `{}`.
-        opt_state: state of the optax transformation.
-        ema: exponential moving average of `params` (same tree), or None when none is kept.
-        key: typed PRNG key, scalar; never changes. All randomness of a step is `fold_in(key, step)`.
+      step: int32 scalar, the number of finished steps.
+      params: pytree of float arrays, what the optimiser changes.
+      model_state: pytree of the model's other variables, `{"batch_stats": ...}` or `{}`.
+      opt_state: state of the optax transformation.
+      ema: exponential moving average of `params` (same tree), or None when none is kept.
+      key: typed PRNG key, scalar; never changes. All randomness of a step is `fold_in(key, step)`.
     """
 
     step: jax.Array
@@ -37,14 +37,14 @@ class TrainState(NamedTuple):
         """Returns the state before the first step.
 
         Args:
-            params: pytree of float arrays.
-            model_state: pytree of the model's other variables, `{}` when it has none.
-            tx: the optimiser, whose state is initialised here.
-            key: typed PRNG key, scalar.
-            ema: keep a moving average of the parameters; it starts at their initial values.
+          params: pytree of float arrays.
+          model_state: pytree of the model's other variables, `{}` when it has none.
+          tx: the optimiser, whose state is initialised here.
+          key: typed PRNG key, scalar.
+          ema: keep a moving average of the parameters; it starts at their initial values.
 
         Returns:
-            The state at step 0.
+          The state at step 0.
         """
         return cls(
             step=jnp.zeros((), jnp.int32),
@@ -68,11 +68,11 @@ def owned(state: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
     has no weak types either, so the second step meets the types that the first one was compiled for.
 
     Args:
-        state: pytree of arrays.
-        sharding: where to put every leaf; None for the default device. Over several hosts it is the first host's state.
+      state: pytree of arrays.
+      sharding: where to put every leaf; None for the default device. Over several hosts it is the first host's state.
 
     Returns:
-        The same values in new buffers.
+      The same values in new buffers.
     """
     copy = _copy(state)
     return copy if sharding is None else parallel.put(copy, sharding)
@@ -91,11 +91,11 @@ def placed(like: Any, sharding: jax.sharding.Sharding | None) -> Any:
     """Returns an abstract state in which every leaf asks for a sharding.
 
     Args:
-        like: pytree of `jax.ShapeDtypeStruct`.
-        sharding: that of every leaf; None leaves the tree as it is.
+      like: pytree of `jax.ShapeDtypeStruct`.
+      sharding: that of every leaf; None leaves the tree as it is.
 
     Returns:
-        Pytree of `jax.ShapeDtypeStruct`.
+      Pytree of `jax.ShapeDtypeStruct`.
     """
     if sharding is None:
         return like

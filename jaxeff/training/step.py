@@ -22,11 +22,11 @@ class Method(NamedTuple):
     """A way to train something: the whole of what the training loop knows about it.
 
     Attributes:
-        init: `(key, batch) -> state`; the state is any pytree of arrays. The batch only shows shapes and dtypes.
-        step: `(state, batch) -> (state, metrics)`; the new state has the shapes and dtypes of the old one, metrics are
-            scalars and one of them is called "loss". It is compiled once and its state argument is donated.
-        evaluate: `(state, batch) -> sums`; scalars summed over the valid examples of the batch, one of them is
-            "count", their number. The loop adds up the batches and divides by the count.
+      init: `(key, batch) -> state`; the state is any pytree of arrays. The batch only shows shapes and dtypes.
+      step: `(state, batch) -> (state, metrics)`; the new state has the shapes and dtypes of the old one, metrics are
+        scalars and one of them is called "loss". It is compiled once and its state argument is donated.
+      evaluate: `(state, batch) -> sums`; scalars summed over the valid examples of the batch, one of them is
+        "count", their number. The loop adds up the batches and divides by the count.
     """
 
     init: Callable[[jax.Array, Batch], Any]
@@ -38,13 +38,13 @@ def unit_range(images: jax.Array) -> jax.Array:
     """Returns images as float32: uint8 is scaled from 0..255 to 0..1, floating point values are kept.
 
     Args:
-        images: array of any shape, uint8 or floating point.
+      images: array of any shape, uint8 or floating point.
 
     Returns:
-        float32 array of the same shape.
+      float32 array of the same shape.
 
     Raises:
-        TypeError: for other dtypes, whose range is not known.
+      TypeError: for other dtypes, whose range is not known.
     """
     if images.dtype == np.uint8:
         return jnp.asarray(images, jnp.float32) / 255
@@ -74,26 +74,26 @@ def classification(
     valid examples and 0 for padding. Evaluation uses the moving average of the parameters where one is kept.
 
     Args:
-        model_init: `(key, images) -> variables`, a dictionary with "params" and the model's other variables.
-        model_apply: `(variables, images, train, key) -> (logits [B, K], model_state)`. `from_linen` makes both.
-        tx: the optimiser; `jaxeff.training.optimizer` or any optax transformation.
-        num_classes: number of classes K.
-        label_smoothing: weight in [0, 1) of the uniform distribution in the training targets.
-        ema_decay: decay in (0, 1) per step of the parameters' moving average; None keeps none.
-        augment: `(key, images) -> images` or `(key, images, targets) -> (images, targets)` with targets float32
-            [B, K]; applied after `preprocess`, in training only.
-        preprocess: `images -> images`, applied in training and evaluation; the default scales uint8 to 0..1.
-        axis_name: mapped axis (shard_map, pmap, vmap) that splits the batch: gradients, metrics and model_state are
-            averaged over it and each shard draws its own random numbers. `evaluate` is always a whole-batch function.
-        loss: `(logits [B, K], targets [B, K]) -> [B]`.
+      model_init: `(key, images) -> variables`, a dictionary with "params" and the model's other variables.
+      model_apply: `(variables, images, train, key) -> (logits [B, K], model_state)`. `from_linen` makes both.
+      tx: the optimiser; `jaxeff.training.optimizer` or any optax transformation.
+      num_classes: number of classes K.
+      label_smoothing: weight in [0, 1) of the uniform distribution in the training targets.
+      ema_decay: decay in (0, 1) per step of the parameters' moving average; None keeps none.
+      augment: `(key, images) -> images` or `(key, images, targets) -> (images, targets)` with targets float32
+        [B, K]; applied after `preprocess`, in training only.
+      preprocess: `images -> images`, applied in training and evaluation; the default scales uint8 to 0..1.
+      axis_name: mapped axis (shard_map, pmap, vmap) that splits the batch: gradients, metrics and model_state are
+        averaged over it and each shard draws its own random numbers. `evaluate` is always a whole-batch function.
+      loss: `(logits [B, K], targets [B, K]) -> [B]`.
 
     Returns:
-        The method. Its state is a `TrainState`; step reports "loss", "accuracy", "grad_norm" (global L2 norm before
-        clipping) and "learning_rate" where the optimiser's state shows one; evaluate sums "loss" and "accuracy".
+      The method. Its state is a `TrainState`; step reports "loss", "accuracy", "grad_norm" (global L2 norm before
+      clipping) and "learning_rate" where the optimiser's state shows one; evaluate sums "loss" and "accuracy".
 
     Raises:
-        ValueError: for `label_smoothing`, `ema_decay` or `num_classes` out of range; from `init` when the model's
-            outputs or the labels do not fit `num_classes`.
+      ValueError: for `label_smoothing`, `ema_decay` or `num_classes` out of range; from `init` when the model's
+        outputs or the labels do not fit `num_classes`.
     """
     _check_settings(num_classes, label_smoothing, ema_decay)
     augmented = _augmentation(augment)

@@ -39,22 +39,22 @@ def prepare_workdir(
     the same config. On several hosts all of them call this, and the first one does it.
 
     Args:
-        workdir: the directory; created when missing.
-        config: mapping (nested mappings, sequences, numbers, strings), or a ConfigDict; None is an empty one.
-        overwrite: start again: delete what runs write here (config, metrics, summary, checkpoints, TensorBoard files,
-            PNGs in figures/) and nothing else. An overwrite that is cut short is completed by the next start, with or
-            without overwrite.
-        runs: where a job of several runs has their work directories below this one ("quadratic/seed0"). They are noted
-            in `config.json`; to overwrite the job is to overwrite those of this job and those of the job that was here.
+      workdir: the directory; created when missing.
+      config: mapping (nested mappings, sequences, numbers, strings), or a ConfigDict; None is an empty one.
+      overwrite: start again: delete what runs write here (config, metrics, summary, checkpoints, TensorBoard files,
+        PNGs in figures/) and nothing else. An overwrite that is cut short is completed by the next start, with or
+        without overwrite.
+      runs: where a job of several runs has their work directories below this one ("quadratic/seed0"). They are noted
+        in `config.json`; to overwrite the job is to overwrite those of this job and those of the job that was here.
 
     Returns:
-        The absolute path and the config as plain JSON values.
+      The absolute path and the config as plain JSON values.
 
     Raises:
-        ForeignWorkdir: if the directory belongs to another config; lists the fields that differ. Nothing is changed.
-        TypeError: if `config` is not a mapping.
-        ValueError: if one of `runs` is not below the directory, or several hosts have different configs.
-        FileNotFoundError: if several hosts do not share the directory.
+      ForeignWorkdir: if the directory belongs to another config; lists the fields that differ. Nothing is changed.
+      TypeError: if `config` is not a mapping.
+      ValueError: if one of `runs` is not below the directory, or several hosts have different configs.
+      FileNotFoundError: if several hosts do not share the directory.
     """
     path = pathlib.Path(workdir).absolute()
     plain, runs = plain_config(config), list(runs)
@@ -110,10 +110,10 @@ def plain_config(config: Any) -> dict[str, Any]:
     """Returns a config as it looks after being written as JSON and read again.
 
     Args:
-        config: mapping, ConfigDict or None. Values JSON does not know (dtypes, functions) become their `str`.
+      config: mapping, ConfigDict or None. Values JSON does not know (dtypes, functions) become their `str`.
 
     Raises:
-        TypeError: for anything else.
+      TypeError: for anything else.
     """
     if config is None:
         return {}
@@ -128,8 +128,8 @@ def config_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> lis
     """Returns one line per field in which two plain configs differ, `optimizer.name: 'sgd' there, 'adam' here`.
 
     Args:
-        there: the config that was found.
-        here: the config of this run.
+      there: the config that was found.
+      here: the config of this run.
     """
     flat_there, flat_here = _flat(there), _flat(here)
     names = [*flat_there, *(name for name in flat_here if name not in flat_there)]
@@ -160,8 +160,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes JSON so that the file is at every moment the old one or the new one.
 
     Args:
-        path: the file.
-        value: what `json` can write; other objects become their `str`.
+      path: the file.
+      value: what `json` can write; other objects become their `str`.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(path.name + ".tmp")
