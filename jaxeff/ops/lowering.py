@@ -112,9 +112,13 @@ def _is_depthwise(window: Window, k_shape: tuple[int, ...]) -> bool:
 
 
 def _suits_shifts(k_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> bool:
-    """Whether the kernel is larger than the input: XLA exchanges the two, and the result runs on the scalar path."""
+    """Whether one product per tap beats the convolution.
+
+    It does for a single input channel, where the products are element-wise and fuse, and for a kernel larger than the
+    input: XLA exchanges the two, and the result runs on the scalar path.
+    """
     larger = any(size > length for size, length in zip(k_shape[:-2], x_shape[1:-1], strict=True))
-    return larger and math.prod(k_shape[:-2]) <= MAX_TAPS
+    return (larger or k_shape[-2] == 1) and math.prod(k_shape[:-2]) <= MAX_TAPS
 
 
 def _weight_suits_shifts(window: Window, k_shape, x_shape: tuple[int, ...], dtype: Any) -> bool:
