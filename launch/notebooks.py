@@ -22,7 +22,7 @@ def main(names: list[str]) -> None:
         raise SystemExit(f"no notebook is called {', '.join(unknown)}; there are: {', '.join(known)}")
     for name in names or known:
         text = executed(known[name])
-        known[name].with_suffix(".ipynb").write_text(text)
+        known[name].with_suffix(".ipynb").write_text(text, encoding="utf-8")
         print(f"{name}.ipynb: {len(text) / 1000:.0f} kB")
 
 

@@ -30,6 +30,7 @@ def test_importing_jaxeff_loads_nothing_heavy():
     assert loaded_by("import jaxeff") == []
 
 
+@pytest.mark.slow
 def test_every_room_imports_without_the_extras():
     already = set(loaded_by("import jax, flax.linen, optax, chex"))  # flax itself brings orbax
     block = f"import sys\nfor name in {HEAVY!r}:\n    if name not in {already!r}: sys.modules[name] = None\n"

@@ -4,8 +4,8 @@ On CPU, XLA moves a convolution into its fast layout only in the entry computati
 in NHWC / HWIO are in that layout already, but the transposes that automatic differentiation writes are not, and inside
 `lax.scan`, `lax.map` or `while` they fall to a scalar kernel (jax-ml/jax#12868). Grouped convolutions and their
 weight gradients are slow for related reasons (jax-ml/jax#13800). Here both gradients are written out as programs that
-are already in fast form, and a mapped client axis becomes separate convolutions, written out while they are few and in
-a loop beyond, instead of one grouped convolution.
+are already in fast form, and a mapped client axis becomes separate convolutions, written out while they are few and
+large and in a loop otherwise, instead of one grouped convolution.
 
 Three bilinear maps close under differentiation, so gradients of any order are available in reverse mode:
 
@@ -37,7 +37,7 @@ PADDINGS: tuple[str, ...] = ("SAME", "SAME_LOWER", "VALID")
 _CHOICE = jax.make_user_context(("auto", None))
 
 # Written out, a mapped axis costs compile time for every member; in a loop, a result is cleared before it is filled,
-# which only large results notice.
+# which only large results notice. So small results always come from a loop.
 MAX_UNROLLED = 32
 MIN_UNROLLED_BYTES = 2**19
 
@@ -66,6 +66,8 @@ def conv_general_dilated(
     maps over single examples that share one kernel, its gradient is computed for each before JAX adds them up:
     correct, but impl="lax" is faster there.
 
+    Inside `jax.shard_map`, a kernel that is replicated beside a sharded input needs `check_vma=False` or impl="lax".
+
     Args:
       lhs: input of rank n+2, laid out as `dimension_numbers` says (lax's default is NCHW; Flax passes NHWC).
       rhs: kernel of rank n+2, same dtype.
@@ -79,8 +81,9 @@ def conv_general_dilated(
       precision: as in lax.
       preferred_element_type: as in lax.
       out_sharding: as in lax; anything but None is handed to lax.
-      impl: "lax" for the stock primitive (needed for forward-mode differentiation), "canonical" for ours, "auto" for
-        ours on CPU and stock elsewhere. None takes the choice of the surrounding `conv_impl` context, "auto" outside.
+      impl: "lax" for the stock primitive (needed for forward-mode differentiation), "canonical" for ours, which is
+        made for CPU, "auto" for ours on CPU and stock elsewhere. None takes the choice of the surrounding `conv_impl`
+        context, "auto" outside.
         The choice is made when the function is traced.
 
     Returns:
@@ -89,11 +92,12 @@ def conv_general_dilated(
     Raises:
       ValueError: for an unknown `impl` or padding, ranks or channels that do not fit, strides or dilations below 1, or
         groups that do not divide the channels.
-      TypeError: if input and kernel differ in dtype.
+      TypeError: if input and kernel differ in dtype, or preferred_element_type is narrower.
     """
     chosen = _checked_impl(_CHOICE.value[0] if impl is None else impl)
     _check_operands(lhs, rhs, dimension_numbers, feature_group_count, batch_group_count)
     _check_window(lhs, window_strides, padding, lhs_dilation, rhs_dilation)
+    _check_result_dtype(lhs, preferred_element_type)
     use_lax = chosen == "lax" or (chosen == "auto" and jax.default_backend() != "cpu")
     outside = batch_group_count != 1 or out_sharding is not None or not jnp.issubdtype(lhs.dtype, jnp.floating)
     if outside and chosen == "canonical":
@@ -243,7 +247,7 @@ def _mappable(compute, calls, result_bytes, merge=None):
 
 def _forward(window: Window, x: jax.Array, k: jax.Array):
     def merge(op, x, k):
-        y = op(x.reshape(-1, *x.shape[2:]), k)
+        y = op(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), k)
         return y.reshape(*x.shape[:2], *y.shape[1:])
 
     result = (x.shape[0], *lowering.out_shape(window, x.shape, k.shape), k.shape[-1])
@@ -318,11 +322,22 @@ def _check_operands(lhs, rhs, dimension_numbers, groups, batch_groups) -> None:
         raise ValueError(f"batch_group_count={batch_groups} must divide the batch of input {lhs.shape}")
 
 
+def _check_result_dtype(lhs, preferred_element_type) -> None:
+    if preferred_element_type is None or not jnp.issubdtype(lhs.dtype, jnp.floating):
+        return  # lax checks what is not of floating point
+    wanted = np.dtype(preferred_element_type)
+    if not jnp.issubdtype(wanted, jnp.floating) or wanted.itemsize < lhs.dtype.itemsize:
+        raise TypeError(
+            f"preferred_element_type must be a floating-point dtype no narrower than the input's {lhs.dtype}, got "
+            f"{wanted}; cast the result instead"
+        )
+
+
 def _check_window(lhs, strides, padding, lhs_dilation, rhs_dilation) -> None:
     n = lhs.ndim - 2
     for name, steps in (("window_strides", strides), ("lhs_dilation", lhs_dilation), ("rhs_dilation", rhs_dilation)):
-        if steps is not None and (len(steps) != n or min(steps) < 1):
-            raise ValueError(f"{name} must have {n} entries >= 1 for input {lhs.shape}, got {tuple(steps)}")
+        if steps is not None and (not isinstance(steps, Sequence) or len(steps) != n or min(steps) < 1):
+            raise ValueError(f"{name} must have {n} entries >= 1 for input {lhs.shape}, got {steps}")
     if isinstance(padding, str):
         if padding.upper() not in PADDINGS:
             raise ValueError(f"padding must be (low, high) pairs or one of {', '.join(PADDINGS)}, got {padding!r}")
@@ -331,5 +346,5 @@ def _check_window(lhs, strides, padding, lhs_dilation, rhs_dilation) -> None:
                 f"padding={padding!r} has no agreed meaning with lhs_dilation={tuple(lhs_dilation)}; give (low, high) "
                 "pairs"
             )
-    elif len(padding) != n:
+    elif not isinstance(padding, Sequence) or len(padding) != n or any(np.shape(pair) != (2,) for pair in padding):
         raise ValueError(f"padding must have {n} (low, high) pairs for input {lhs.shape}, got {padding}")

@@ -3,9 +3,11 @@
 Several forms compute the same numbers; which one is fast depends on the shape and, on CPU, on what XLA's convolution
 does badly:
 
-* `direct`: one `lax.conv_general_dilated` in NHWC / HWIO, the layout XLA's CPU convolution is written for;
+* `direct`: one `lax.conv_general_dilated` in NHWC / HWIO, the layout XLA's CPU convolution is written for, with one
+  axis of the window drawn out to twice its length where that keeps it on all threads;
 * `pointwise`: a 1x1 convolution as one matrix product;
-* `shifts`: one matrix product (or, depthwise, one multiply-add) per kernel tap over a shifted view of the input;
+* `shifts`: one matrix product (depthwise and for a single input channel, one multiply-add) per kernel tap over a
+  shifted view of the input;
 * `per group`: each channel group on its own, because grouped convolutions run on a slow path.
 
 Name scopes tell `jaxeff.costs` what a form hides from it ("real_positions_49_of_64"), so that it counts the convolution
@@ -61,6 +63,8 @@ def convolve(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
 def weight_gradient(window: Window, k_shape: tuple[int, ...], x: jax.Array, g: jax.Array) -> jax.Array:
     """Gradient of the kernel [*kernel, I/G, O] from the input x and the output gradient g [N, *out_space, O]."""
     groups = window.groups
+    if 0 in g.shape[1:-1]:  # a convolution whose kernel had no positions could not be lowered
+        return jnp.zeros(k_shape, x.dtype)
     if groups == 1:
         by_shifts = _weight_suits_shifts(window, k_shape, x.shape, x.dtype)
         return (_dense_weight_by_shifts if by_shifts else _dense_weight_by_convolution)(window, k_shape, x, g)
@@ -262,12 +266,15 @@ def _real_positions(window: Window, tap: tuple[int, ...], x_shape: tuple[int, ..
 
 def _grouped_weight_by_shifts(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:
     groups = window.groups
-    grouped_g = g.reshape(-1, groups, g.shape[-1] // groups)
-    products = [
-        jnp.einsum("ngi,ngo->igo", view.reshape(-1, groups, k_shape[-2]), grouped_g, precision=window.precision)
-        for _, view in _shifted_views(window, k_shape, x)
-    ]
-    return jnp.stack(products).reshape(k_shape)
+    per_group = g.reshape(*g.shape[:-1], groups, g.shape[-1] // groups)
+    over, at = tuple(range(x.ndim - 1)), (x.ndim - 1,)
+    products = []
+    for tap, view in _shifted_views(window, k_shape, x):
+        with _real_positions(window, tap, x.shape, g.shape):
+            dims = ((over, over), (at, at))
+            view = view.reshape(*view.shape[:-1], groups, k_shape[-2])
+            products.append(lax.dot_general(view, per_group, dims, precision=window.precision))
+    return jnp.swapaxes(jnp.stack(products), 1, 2).reshape(k_shape)
 
 
 def _dense_weight_by_convolution(window: Window, k_shape, x: jax.Array, g: jax.Array) -> jax.Array:

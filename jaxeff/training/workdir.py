@@ -197,6 +197,10 @@ def _read_config(path: pathlib.Path, overwrite: bool) -> dict[str, Any]:
         there = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(there["config"], dict):
             raise TypeError("config is not an object")
+        for name in ("runs", CLEARING):
+            folders = there.get(name, [])
+            if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
+                raise TypeError(f"{name} is not a list of folders")
         return there
     except FileNotFoundError:
         return {}

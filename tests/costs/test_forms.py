@@ -25,6 +25,7 @@ CASES = {
     "shifts_stride": dict(x=(2, 7, 8, 3), k=(3, 2, 3, 4), strides=(2, 3), padding=((2, 0), (1, 3))),
     "shifts_input_dilated": dict(x=(2, 7, 8, 3), k=(3, 3, 3, 4), lhs=(2, 3), padding=((2, 1), (0, 3))),
     "shifts_groups": dict(x=(2, 7, 8, 4), k=(3, 3, 2, 6), groups=2),
+    "shifts_many_groups": dict(x=(2, 4, 5, 80), k=(2, 3, 2, 40), groups=40),
     "crops": dict(x=(2, 7, 8, 3), k=(3, 3, 3, 4), padding=((-1, 0), (2, -2))),
     "pointwise": dict(x=(2, 7, 8, 3), k=(1, 1, 3, 4), strides=(2, 2)),
     "taps_beyond_counting": dict(x=(2, 9, 9, 3), k=(8, 8, 3, 4)),

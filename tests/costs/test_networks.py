@@ -102,6 +102,7 @@ def test_rows_are_flax_modules_in_order_of_first_appearance():
     assert [name for name in names if "Conv" in name] == [f"VGG/Conv_{index}" for index in range(13)]
 
 
+@pytest.mark.slow
 def test_depth_folds_blocks_into_one_row_and_keeps_the_totals():
     folded = flax_report(ResNet56(), images(32), depth=2)
     full = flax_report(ResNet56(), images(32))

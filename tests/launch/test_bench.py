@@ -146,6 +146,7 @@ def test_another_direction_than_lower_or_higher_is_refused():
         results.case("x", "seconds", 1.0, better="smaller")
 
 
+@pytest.mark.slow
 def test_the_workloads_of_the_ops_benchmark_agree_with_each_other():
     import jax
     import numpy as np

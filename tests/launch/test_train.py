@@ -45,6 +45,7 @@ def finished(tmp_path_factory):
     return workdir, train.run(tiny().lock(), str(workdir))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_that_it_promises(finished):
     workdir, summary = finished
     assert json.loads((workdir / "config.json").read_text())["config"]["batch_size"] == 16
@@ -57,6 +58,7 @@ def test_a_run_leaves_everything_that_it_promises(finished):
         assert (workdir / "figures" / figure).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_comparison_counts_parameters_and_macs_of_each_network(finished):
     _, summary = finished
     first, quadratic = summary["networks"]
@@ -70,6 +72,7 @@ def test_the_comparison_counts_parameters_and_macs_of_each_network(finished):
     assert all(0 <= row["accuracy"] <= 1 and row["latency_ms"] > 0 for row in (first, quadratic))
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_gives_the_same_summary(finished):
     workdir, summary = finished
     again = train.run(tiny().lock(), str(workdir))
@@ -77,6 +80,7 @@ def test_a_finished_run_started_again_gives_the_same_summary(finished):
         assert {**old, "latency_ms": 0, "train_seconds": 0} == {**new, "latency_ms": 0, "train_seconds": 0}
 
 
+@pytest.mark.slow
 def test_the_work_directory_of_another_config_is_refused_and_left_alone(finished):
     workdir, _ = finished
     before = sorted(path for path in workdir.rglob("*"))
@@ -129,6 +133,7 @@ def test_bad_configs_fail_before_anything_is_written(tmp_path, change, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_overwrite_that_is_interrupted_leaves_no_old_results_to_go_on_from(finished, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)

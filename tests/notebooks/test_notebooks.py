@@ -52,6 +52,7 @@ def test_an_unknown_notebook_is_an_error_that_lists_the_known():
         main(["nothing"])
 
 
+@pytest.mark.slow
 def test_an_executed_notebook_is_written_without_what_differs_each_time(tmp_path):
     pytest.importorskip("jupytext"), pytest.importorskip("nbclient")
     source = tmp_path / "tiny.py"

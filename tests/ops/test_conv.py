@@ -140,6 +140,8 @@ CASES = {
     "wide-full-padding": case(**WIDE, padding=((2, 2), (2, 2))),
     "wide-kernel-beyond-input": case(**{**WIDE, "space": (2, 2)}),
     "wide-kernel-beyond-input-dilated": case(**{**WIDE, "space": (2, 2)}, lhs=(2, 1), padding=((1, 1), (-1, 3))),
+    "wide-no-output": case(**{**WIDE, "space": (2, 7)}, padding="VALID"),
+    "big-kernel-no-output": case(batch=8, space=(7, 8), kernel=(9, 9), padding="VALID"),
     "wide-row-kernel": case(**WIDE, kernel=(1, 3)),
     "wide-column-kernel": case(**WIDE, kernel=(3, 1)),
     "1d": case(space=(9,), kernel=(4,), strides=(2,), padding=((-1, 3),)),
