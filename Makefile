@@ -17,7 +17,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist=worksteal
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist=worksteal -m "not slow and not multidevice and not notebooks"
+	$(BIN)/python -m pytest -n 2 --dist=worksteal -m "not slow and not data and not multidevice and not notebooks"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -142,6 +142,7 @@ def test_registering_without_splits_or_function_is_refused(entries):
         data.register("tiny", None)
 
 
+@pytest.mark.slow
 def test_importing_the_room_imports_no_extra():
     program = "import sys, jaxeff.data; print([m for m in sys.modules if m.split('.')[0] in sys.argv[1:]])"
     extras = ["tensorflow_datasets", "tensorflow", "array_record", "PIL", "sklearn", "matplotlib", "orbax"]

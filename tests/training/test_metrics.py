@@ -65,6 +65,7 @@ def test_a_full_disk_names_the_file(tmp_path):
     writer.close()
 
 
+@pytest.mark.slow
 def test_tensorboard_files_hold_the_same_values(tmp_path):
     pytest.importorskip("tensorboardX")
     with MetricsWriter(tmp_path, tensorboard=True) as writer:
