@@ -8,9 +8,18 @@ through two integers.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.extend import core
 
-__all__ = ["has_side_effects", "is_jaxpr", "is_literal", "jaxpr_constants", "manual_axes", "scan_operands"]
+__all__ = [
+    "has_side_effects",
+    "is_jaxpr",
+    "is_literal",
+    "jaxpr_constants",
+    "manual_axes",
+    "scan_operands",
+    "varying_axes",
+]
 
 
 def is_jaxpr(value: Any) -> bool:
@@ -54,3 +63,9 @@ def has_side_effects(effects: Any) -> bool:
     The effect of naming a mesh axis, which every collective has, orders nothing and keeps nothing alive.
     """
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in effects)
+
+
+def varying_axes(array: Any) -> frozenset[str]:
+    """Names the mesh axes of a surrounding `shard_map` along which an array differs between devices."""
+    aval = jax.typeof(array)
+    return frozenset(aval.mat.varying if hasattr(aval, "mat") else aval.vma)

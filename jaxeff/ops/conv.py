@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from jaxeff import compat
 from jaxeff.ops import lowering
 from jaxeff.ops.lowering import Window
 
@@ -65,8 +66,6 @@ def conv_general_dilated(
     Made for kernels that differ along a mapped axis (clients) and for batches as an axis of the input. Where `vmap`
     maps over single examples that share one kernel, its gradient is computed for each before JAX adds them up:
     correct, but impl="lax" is faster there.
-
-    Inside `jax.shard_map`, a kernel that is replicated beside a sharded input needs `check_vma=False` or impl="lax".
 
     Args:
       lhs: input of rank n+2, laid out as `dimension_numbers` says (lax's default is NCHW; Flax passes NHWC).
@@ -128,7 +127,7 @@ def conv_general_dilated(
         precision=lax.Precision(precision) if isinstance(precision, str) else precision,
         out_dtype=None if preferred_element_type is None else np.dtype(preferred_element_type),
     )
-    y = _conv(window, x, k)
+    y = _conv(window, *_equally_varying(x, k))
     # The canonical result is (batch, spatial..., features); out_spec says where lax's caller wants each of them.
     back = np.argsort((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]))
     return _permuted(y, tuple(int(axis) for axis in back))
@@ -285,6 +284,16 @@ def _explicit_padding(padding, in_shape, kernel, strides, rhs_dilation) -> tuple
     reach = [(size - 1) * d + 1 for size, d in zip(kernel, rhs_dilation, strict=True)]
     pairs = lax.padtype_to_pads(in_shape, reach, strides, padding)
     return tuple((int(low), int(high)) for low, high in pairs)
+
+
+def _equally_varying(x: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inside `shard_map`, a shared operand becomes one that may differ, so that its gradient is summed over devices."""
+    of_x, of_k = compat.varying_axes(x), compat.varying_axes(k)
+    if of_k - of_x:
+        x = lax.pcast(x, tuple(of_k - of_x), to="varying")
+    if of_x - of_k:
+        k = lax.pcast(k, tuple(of_x - of_k), to="varying")
+    return x, k
 
 
 def _permuted(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxeff import compat
 from jaxeff.ops import conv_general_dilated, conv_impl
@@ -461,6 +462,23 @@ def test_a_training_loop_has_only_channels_last_convolutions_without_groups(mapp
 
 
 # --- stock layers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_inside_shard_map_a_shared_kernel_gets_its_gradient(outside):
+    mesh, spec = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,)), PartitionSpec
+    x, k = normal(0, 8, 5, 5, 8), normal(1, 3, 3, 8, 20)
+
+    def gradient(conv):
+        def loss(k, x):
+            return lax.psum(jnp.sin(conv(x, k, (1, 1), "SAME")).sum(), "d")
+
+        def mapped(function):
+            return jax.shard_map(function, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec())
+
+        return once(jax.grad(mapped(loss)) if outside else mapped(jax.grad(loss)))(k, x)
+
+    assert_near(gradient(canonical), gradient(stock))
 
 
 def test_plugs_into_linen():
