@@ -120,7 +120,7 @@ def conv_general_dilated(
     k = _permuted(rhs, (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0]))
     window = Window(
         strides=tuple(window_strides),
-        padding=_explicit_padding(padding, x.shape[1:-1], k.shape[:-2], window_strides, rhs_dilation),
+        padding=_explicit_padding(padding, x.shape[1:-1], k.shape[:-2], window_strides, lhs_dilation, rhs_dilation),
         lhs_dilation=lhs_dilation,
         rhs_dilation=rhs_dilation,
         groups=feature_group_count,
@@ -278,8 +278,11 @@ def _transposed_kernel(k: jax.Array, groups: int) -> jax.Array:
     return jnp.swapaxes(split, -1, -3).reshape(*kernel, o // groups, groups * i)
 
 
-def _explicit_padding(padding, in_shape, kernel, strides, rhs_dilation) -> tuple[tuple[int, int], ...]:
+def _explicit_padding(padding, in_shape, kernel, strides, lhs_dilation, rhs_dilation) -> tuple[tuple[int, int], ...]:
     if not isinstance(padding, str):
+        lengths = map(lowering.dilated, in_shape, lhs_dilation)
+        if any(length + low + high < 0 for length, (low, high) in zip(lengths, padding, strict=True)):
+            raise ValueError(f"padding={padding} crops more than there is of the input's spatial axes {in_shape}")
         return tuple((int(low), int(high)) for low, high in padding)
     reach = [(size - 1) * d + 1 for size, d in zip(kernel, rhs_dilation, strict=True)]
     pairs = lax.padtype_to_pads(in_shape, reach, strides, padding)

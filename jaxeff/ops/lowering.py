@@ -297,8 +297,7 @@ def _shifted_views(window: Window, k_shape, x: jax.Array) -> Iterator[tuple[tupl
     """For every kernel tap, the part of the padded input that this tap multiplies: [N, *out_space, I]."""
     padded = _with_margins(window, x)
     kernel, strides = k_shape[:-2], window.strides
-    reach = [(size - 1) * d + 1 for size, d in zip(kernel, window.rhs_dilation, strict=True)]
-    out = [max((size - r) // s + 1, 0) for size, r, s in zip(padded.shape[1:-1], reach, strides, strict=True)]
+    out = out_shape(window, x.shape, k_shape)
     for tap in np.ndindex(*kernel):
         if 0 in out:
             yield tap, jnp.zeros((x.shape[0], *out, x.shape[-1]), x.dtype)

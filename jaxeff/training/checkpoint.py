@@ -262,8 +262,9 @@ class Checkpoints:
     def _failed(self, reason: str) -> SaveFailed:
         step, self._saving = self._saving, None
         self.close()
-        for unfinished in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished, ignore_errors=True)  # it would only take more of the room that is missing
+        if parallel.is_first():  # where another host failed, the first may be writing still
+            for unfinished in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)  # it would only take more of the room that is missing
         good = max((s for s in self.steps() if s != step), default=None)
         kept = "there is no older one"
         if good is not None:

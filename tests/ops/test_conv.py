@@ -520,6 +520,9 @@ X, K = np.ones((2, 7, 8, 4), np.float32), np.ones((3, 3, 4, 4), np.float32)
         (X, K, {"batch_group_count": 3}, "batch_group_count=3 must divide the batch"),
         (X, K, {"padding": "FULL"}, "padding must be .*SAME, SAME_LOWER, VALID, got 'FULL'"),
         (X, K, {"padding": ((0, 0),)}, "padding must have 2 .low, high. pairs"),
+        (X, K, {"padding": (1, 1)}, "padding must have 2 .low, high. pairs"),
+        (X, K, {"padding": 1}, "padding must have 2 .low, high. pairs .*got 1"),
+        (X, K, {"window_strides": 1}, "window_strides must have 2 entries >= 1 .*got 1"),
         (X, K, {"padding": "SAME", "lhs_dilation": (2, 1)}, "padding='SAME' .* lhs_dilation.*low, high"),
         (X, K, {"window_strides": (1,)}, r"window_strides must have 2 entries >= 1 .*got \(1,\)"),
         (X, K, {"window_strides": (0, 1)}, "window_strides must have 2 entries >= 1"),
@@ -530,6 +533,16 @@ X, K = np.ones((2, 7, 8, 4), np.float32), np.ones((3, 3, 4, 4), np.float32)
 def test_what_does_not_fit_is_an_error_before_tracing(x, k, options, message, impl):
     with pytest.raises(ValueError, match=message):
         canonical(x, k, **{"window_strides": (1, 1), "padding": "SAME", **options}, impl=impl)
+
+
+def test_cropping_more_than_there_is_is_an_error():
+    with pytest.raises(ValueError, match=r"padding=.*-5.* crops more than there is .*\(7, 8\)"):
+        canonical(X, K, (1, 1), ((-5, -5), (0, 0)))
+
+
+def test_a_result_narrower_than_the_input_is_an_error():
+    with pytest.raises(TypeError, match="no narrower than the input's float32, got bfloat16; cast"):
+        canonical(X, K, (1, 1), "SAME", preferred_element_type=jnp.bfloat16)
 
 
 def test_dtypes_that_differ_are_an_error():
