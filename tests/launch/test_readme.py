@@ -3,9 +3,12 @@
 import pathlib
 import re
 
+import pytest
+
 README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_ten_lines_of_the_readme_run(capsys):
     block = re.search(r"```python\n(.*?)```", README, re.S)
     assert block is not None

@@ -22,6 +22,7 @@ def loss(params, batch):
     return jnp.mean(error**2), {"mae": jnp.mean(jnp.abs(error)), "by_output": jnp.mean(error, axis=0)}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=6)
 @given(st.sampled_from([1, 2, 3, 12]), st.booleans())
 def test_accumulated_gradients_metrics_and_aux_equal_those_of_the_whole_batch(steps, compiled):

@@ -38,6 +38,7 @@ def png_size(path):
     return struct.unpack(">II", content[16:24])
 
 
+@pytest.mark.slow
 def test_learning_curves_have_a_panel_for_each_metric_there_is(tmp_path):
     three = learning_curves({"a": HISTORY, "b": HISTORY}, tmp_path / "new" / "curves.png")
     one = learning_curves({"a": HISTORY[:2]}, tmp_path / "one.png")
