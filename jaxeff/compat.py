@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend import core
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "jaxpr_constants",
     "manual_axes",
     "scan_operands",
+    "vary",
     "varying_axes",
 ]
 
@@ -69,3 +71,13 @@ def varying_axes(array: Any) -> frozenset[str]:
     """Names the mesh axes of a surrounding `shard_map` along which an array differs between devices."""
     aval = jax.typeof(array)
     return frozenset(aval.mat.varying if hasattr(aval, "mat") else aval.vma)
+
+
+def vary(tree: Any, axes: frozenset[str]) -> Any:
+    """Makes arrays ones that may differ along these axes of a `shard_map`, whose gradients are then summed."""
+
+    def one(array: Any) -> Any:
+        missing = axes - varying_axes(array)
+        return lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
+
+    return jax.tree.map(one, tree) if axes else tree

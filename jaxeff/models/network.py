@@ -7,6 +7,9 @@ being given other factories, never by a second copy:
     dense(layer: spec.Dense, **settings) -> module; module(x, train) -> y
     gate(layer, name) -> module; module(x, train) -> y
 
+A layer's norm and activation follow its module, unless that has an `out_norm` or `act` of its own: then it does both
+itself, and can keep less than all of it for the backward pass.
+
 `settings` are `name`, `bias: bool`, `groups: int` (convolutions), `dtype`, `param_dtype` and `axis_name`; a factory
 passes on what its module knows. Parameters are plain nested dictionaries: `params["conv1"]["layer"]["kernel"]`.
 """
@@ -19,15 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff import spec
-from jaxeff.ops import Norm, avg_pool, conv_general_dilated, global_avg_pool, max_pool
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": jax.nn.relu,
-    "relu6": jax.nn.relu6,
-    "gelu": jax.nn.gelu,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
+from jaxeff.ops import Norm, activation, avg_pool, conv_general_dilated, global_avg_pool, max_pool
 
 
 class FirstOrderConv(nn.Conv):
@@ -168,10 +163,9 @@ def _weighted(layer, net: _Settings, x, train):
     else:
         module = net.dense(layer, **settings)
     x = module(x, train)
-    if layer.norm:
+    if getattr(module, "out_norm", None) is None and getattr(module, "act", None) is None:
         norm = Norm(layer.norm, axis_name=net.axis_name, dtype=net.dtype, param_dtype=net.param_dtype, name="norm")
-        x = norm(x, train)
-    x = activation(layer.act)(x)
+        x = activation(layer.act)(norm(x, train))
     if layer.gate is None:
         return x
     if net.gate is None:
@@ -203,19 +197,6 @@ def _residual(layer, net: _Settings, x, train):
         extra = y.shape[-1] - x.shape[-1]
         x = jnp.pad(x[:, :: stride[0], :: stride[1]], ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
     return activation(layer.act)(y + x.astype(y.dtype))
-
-
-def activation(name: str | None) -> Callable[[jax.Array], jax.Array]:
-    """The activation function of that name; None is the identity.
-
-    Raises:
-      ValueError: listing the valid names.
-    """
-    if name is None:
-        return lambda x: x
-    if name not in ACTIVATIONS:
-        raise ValueError(f"act must be None or one of {', '.join(map(repr, ACTIVATIONS))}, got {name!r}")
-    return ACTIVATIONS[name]
 
 
 def _check_first_order(layer: Any, argument: str) -> None:

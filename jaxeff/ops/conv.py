@@ -127,7 +127,8 @@ def conv_general_dilated(
         precision=lax.Precision(precision) if isinstance(precision, str) else precision,
         out_dtype=None if preferred_element_type is None else np.dtype(preferred_element_type),
     )
-    y = _conv(window, *_equally_varying(x, k))
+    # Inside `shard_map`, a shared operand becomes one that may differ, so that its gradient is summed over devices.
+    y = _conv(window, compat.vary(x, compat.varying_axes(k)), compat.vary(k, compat.varying_axes(x)))
     # The canonical result is (batch, spatial..., features); out_spec says where lax's caller wants each of them.
     back = np.argsort((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]))
     return _permuted(y, tuple(int(axis) for axis in back))
@@ -287,16 +288,6 @@ def _explicit_padding(padding, in_shape, kernel, strides, lhs_dilation, rhs_dila
     reach = [(size - 1) * d + 1 for size, d in zip(kernel, rhs_dilation, strict=True)]
     pairs = lax.padtype_to_pads(in_shape, reach, strides, padding)
     return tuple((int(low), int(high)) for low, high in pairs)
-
-
-def _equally_varying(x: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inside `shard_map`, a shared operand becomes one that may differ, so that its gradient is summed over devices."""
-    of_x, of_k = compat.varying_axes(x), compat.varying_axes(k)
-    if of_k - of_x:
-        x = lax.pcast(x, tuple(of_k - of_x), to="varying")
-    if of_x - of_k:
-        k = lax.pcast(k, tuple(of_x - of_k), to="varying")
-    return x, k
 
 
 def _permuted(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:

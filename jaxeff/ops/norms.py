@@ -1,16 +1,124 @@
-"""Normalisation layers by name, as Linen modules with one calling convention.
+"""Normalisation by name: pure functions, and the Linen module that keeps their parameters and running statistics.
 
 Every part of the library that takes a norm takes it by one of these names, so "batch", "group", "layer", "rms" and None
 mean the same thing everywhere.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 NORMS: tuple[str, ...] = ("batch", "group", "layer", "rms")
+EPSILON = 1e-5
+GROUPS = 8
+MOMENTUM = 0.9
+
+
+class Moments(NamedTuple):
+    """Mean and (biased) variance of each channel; float32 [C]."""
+
+    mean: jax.Array
+    var: jax.Array
+
+
+def moments(x: jax.Array, axis_name: str | None = None) -> Moments:
+    """Mean and variance of every channel of x [..., C], over a mapped axis as well where one is named."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    space = tuple(range(x.ndim - 1))
+    raw = (x.mean(space), (x * x).mean(space))
+    mean, square = raw if axis_name is None else lax.pmean(raw, axis_name)
+    # Rounding may leave less than nothing where the mean is large.
+    return Moments(mean, jnp.maximum(square - mean * mean, 0.0))
+
+
+def normalise(
+    kind: str | None,
+    x: jax.Array,
+    params: Mapping[str, jax.Array],
+    statistics: Moments | None = None,
+    *,
+    groups: int = GROUPS,
+    epsilon: float = EPSILON,
+) -> jax.Array:
+    """Normalises channels-last activations.
+
+    Args:
+      kind: "batch", "group" (over space and the channels of a group), "layer" (over channels), "rms" (over channels,
+        without mean) or None, which returns x.
+      x: [N, ..., C].
+      params: "scale" [C] and, but for "rms", "bias" [C].
+      statistics: the moments that "batch" uses: those of this batch, or running ones.
+      groups: number of groups of "group"; lowered to the largest divisor of the channels that is not above it.
+      epsilon: added to the variance.
+
+    Returns:
+      Array of the shape of x, in the wider of its dtype and that of the parameters.
+
+    Raises:
+      ValueError: for an unknown kind, or "batch" without statistics.
+    """
+    if checked_norm(kind) is None:
+        return x
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = params["scale"].astype(wide.dtype)
+    if kind == "batch":
+        if statistics is None:
+            raise ValueError("norm 'batch' needs statistics: jaxeff.ops.moments(x), or running ones")
+        y = (wide - statistics.mean) * (lax.rsqrt(statistics.var + epsilon) * scale)
+    elif kind == "group":
+        parts = largest_divisor(x.shape[-1], groups)
+        split = wide.reshape(*x.shape[:-1], parts, x.shape[-1] // parts)
+        axes = (*range(1, x.ndim - 1), x.ndim)
+        y = _centred(split, axes, epsilon).reshape(x.shape) * scale
+    elif kind == "layer":
+        y = _centred(wide, (-1,), epsilon) * scale
+    else:
+        y = wide * (lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon) * scale)
+    return y if kind == "rms" else y + params["bias"].astype(wide.dtype)
+
+
+class Running(NamedTuple):
+    """The running statistics of a batch norm, as the Linen variables that hold them."""
+
+    mean: Any
+    var: Any
+
+    def moments(self) -> Moments:
+        """Their values."""
+        return Moments(self.mean.value, self.var.value)
+
+    def update(self, batch: Moments) -> None:
+        """Moves them towards the statistics of a batch."""
+        self.mean.value = MOMENTUM * self.mean.value + (1 - MOMENTUM) * batch.mean
+        self.var.value = MOMENTUM * self.var.value + (1 - MOMENTUM) * batch.var
+
+
+class NormVariables(nn.Module):
+    """The variables of a norm, for layers that normalise inside a function of their own.
+
+    Attributes: those of `Norm` of these names.
+    """
+
+    kind: str
+    param_dtype: Any = jnp.float32
+    scale_init: Any = nn.initializers.ones
+    bias_init: Any = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, features: int) -> tuple[dict[str, jax.Array], Running | None]:
+        """Returns {"scale", "bias"} of that many channels ("rms" has no bias) and the running statistics of "batch"."""
+        kind = checked_norm(self.kind)
+        params = {"scale": self.param("scale", self.scale_init, (features,), self.param_dtype)}
+        if kind != "rms":
+            params["bias"] = self.param("bias", self.bias_init, (features,), self.param_dtype)
+        if kind != "batch":
+            return params, None
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32)
+        return params, Running(mean, self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32))
 
 
 class Norm(nn.Module):
@@ -29,8 +137,8 @@ class Norm(nn.Module):
     """
 
     kind: str | None
-    groups: int = 8
-    epsilon: float = 1e-5
+    groups: int = GROUPS
+    epsilon: float = EPSILON
     axis_name: str | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -40,28 +148,22 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Normalises x [N, ..., C]; with `train`, "batch" uses and updates the statistics of this batch."""
-        if checked_norm(self.kind) is None:
+        kind = checked_norm(self.kind)
+        if kind is None:
             return x
-        shared: dict[str, Any] = dict(
-            epsilon=self.epsilon, dtype=self.dtype, param_dtype=self.param_dtype, scale_init=self.scale_init
-        )
+        variables = NormVariables(kind, self.param_dtype, self.scale_init, self.bias_init)
         # The inner module shares this module's scope, so that the parameters are simply {scale, bias}.
-        if self.kind == "batch":
-            norm: Any = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                axis_name=self.axis_name if train and not self.is_initializing() else None,
-                bias_init=self.bias_init,
-                **shared,
-            )
-        elif self.kind == "group":
-            norm = nn.GroupNorm(largest_divisor(x.shape[-1], self.groups), bias_init=self.bias_init, **shared)
-        elif self.kind == "layer":
-            norm = nn.LayerNorm(bias_init=self.bias_init, **shared)
-        else:
-            norm = nn.RMSNorm(**shared)
-        nn.share_scope(self, norm)
-        return norm(x)
+        nn.share_scope(self, variables)
+        params, running = variables(x.shape[-1])
+        statistics = None
+        if running is not None and train:
+            statistics = moments(x, None if self.is_initializing() else self.axis_name)
+            if not self.is_initializing():
+                running.update(statistics)
+        elif running is not None:
+            statistics = running.moments()
+        y = normalise(kind, x, params, statistics, groups=self.groups, epsilon=self.epsilon)
+        return y.astype(self.dtype or jnp.result_type(x, *params.values()))
 
 
 def checked_norm(kind: str | None) -> str | None:
@@ -78,3 +180,9 @@ def checked_norm(kind: str | None) -> str | None:
 def largest_divisor(size: int, limit: int) -> int:
     """The largest divisor of `size` that is not above `limit` (both positive integers)."""
     return next(d for d in range(min(size, limit), 0, -1) if size % d == 0)
+
+
+def _centred(x: jax.Array, axes: tuple[int, ...], epsilon: float) -> jax.Array:
+    mean = x.mean(axes, keepdims=True)
+    var = jnp.maximum((x * x).mean(axes, keepdims=True) - mean * mean, 0.0)
+    return (x - mean) * lax.rsqrt(var + epsilon)

@@ -1,18 +1,37 @@
-"""Quadratic neurons: the taxonomy as data, pure functions, and Flax layers."""
+"""Quadratic neurons: the taxonomy as data, pure functions, Flax layers, and what makes and reads networks of them."""
 
-from jaxeff.quadratic.kinds import KINDS, Kind, Projection, get, register
-from jaxeff.quadratic.layers import QuadraticConv, QuadraticDense, conv, conv_layer, dense, dense_layer
+from jaxeff.quadratic import taxonomy  # registers the kinds of the field
+from jaxeff.quadratic.kinds import FAMILIES, KINDS, Extra, Kind, Projection, cost, get, register, register_family
+from jaxeff.quadratic.layers import (
+    QuadraticConv,
+    QuadraticDense,
+    conv,
+    conv_block,
+    conv_layer,
+    dense,
+    dense_block,
+    dense_layer,
+)
+from jaxeff.quadratic.tune import tune
 
 __all__ = [
+    "FAMILIES",
     "KINDS",
+    "Extra",
     "Kind",
     "Projection",
     "QuadraticConv",
     "QuadraticDense",
     "conv",
+    "conv_block",
     "conv_layer",
+    "cost",
     "dense",
+    "dense_block",
     "dense_layer",
     "get",
     "register",
+    "register_family",
+    "taxonomy",
+    "tune",
 ]

@@ -1,19 +1,24 @@
-"""The taxonomy of quadratic neurons as data.
+"""What a type of neuron is, as data, and the registry of types.
 
 A kind says which linear projections of the input a neuron takes and how it combines them. Dense and convolutional
-layers, parameter counts and initialisation are all derived from that, so adding a kind is adding one `Kind`.
+layers, their parameters, initialisation, backward passes and costs are all derived from that, so adding a kind is
+adding one `Kind`. The kinds of the field are in `jaxeff.quadratic.taxonomy`.
 
-Formulas follow the neuron-type figure of QuadraLib (Xu et al., MLSys 2022, arXiv 2204.01701); x is the input (of a
-convolution: one patch), w.x a projection with its bias, `*` a product of numbers.
+Letters: n inputs of a neuron (of a convolution: the numbers in one patch), M neurons of a layer, O its output
+channels, r projections of one name per neuron.
 """
 
+import ast
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
-Start = Literal["kaiming", "zero", "one"]
+Start = Literal["twin", "free", "zero", "one", "identity"]
+Of = Literal["x", "square", "pairs", "symmetric_pairs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,17 +26,46 @@ class Projection:
     """One linear map of a neuron.
 
     Attributes:
-      name: single letter; parameters are called kernel_<name> and bias_<name>.
-      power: the projection is of x ** power, element by element.
-      gain: factor on the Kaiming standard deviation that gives the neuron unit output variance for unit projections.
-      relinear: how the projection starts so that the network starts as its first-order twin: "kaiming" (the twin's own
-        weights), "zero" (off) or "one" (constant one), after ReLinear (Fan et al. 2023, arXiv 2110.06081).
+      name: parameters are called kernel_<name> and bias_<name>.
+      of: what is projected: "x", "square" (x * x, element by element), "pairs" (all n^2 products of two inputs) or
+        "symmetric_pairs" (the n (n + 1) / 2 different ones).
+      rank: r, how many of these maps each neuron has.
+      kernel: name of the projection whose kernel this one uses as well; None for a kernel of its own.
+      bias: whether it takes a bias where the layer has biases.
+      gain: factor on the Kaiming standard deviation that gives the neuron unit output variance.
+      relinear: how the projection starts so that the network starts as its first-order twin, after ReLinear (Fan et
+        al. 2023, arXiv 2110.06081): "twin" (the twin's own weights), "free" (any, because it is multiplied by zero),
+        "zero" (off) or "one" (constant one). None if the kind has no such start.
     """
 
     name: str
-    power: int = 1
+    of: Of = "x"
+    rank: int = 1
+    kernel: str | None = None
+    bias: bool = True
     gain: float = 1.0
     relinear: Start | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """A parameter of a kind that is not a projection of the input: a coefficient, or a map between its features.
+
+    Attributes:
+      name: what the parameter is called, and the keyword under which `combine` takes it.
+      shape: (M, groups) -> its shape.
+      init: initialiser (key, shape, dtype) -> array.
+      relinear: how it starts where the network is to start as its first-order twin: "zero", "one" or "identity".
+      bias: whether it exists only where the layer has biases; `combine` then gets None without.
+      macs: (M, groups) -> multiply-accumulates that it takes per neuron.
+    """
+
+    name: str
+    shape: Callable[[int, int], tuple[int, ...]]
+    init: Callable[..., jax.Array]
+    relinear: Start | None = None
+    bias: bool = False
+    macs: Callable[[int, int], int] = lambda neurons, groups: 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +76,14 @@ class Kind:
       name: how users call it.
       formula: for people.
       projections: its linear maps, in the order `combine` takes them.
-      combine: maps the projections, arrays of one shape, to the output of that shape.
+      combine: maps the projections, arrays [..., M], or [..., M, r] where r > 1, to the output [..., M], or
+        [..., M, outputs] where a neuron has several; extras are keywords.
       source: where it comes from.
+      slopes: closed form of the derivative of the output [..., M] by each projection, from the projections; for kinds
+        without extras and with one output. None has JAX differentiate `combine`.
+      extras: further parameters.
+      outputs: output channels of one neuron.
+      operations: multiplications and additions per neuron after the projections, as the field counts them.
     """
 
     name: str
@@ -51,21 +91,67 @@ class Kind:
     projections: tuple[Projection, ...]
     combine: Callable[..., jax.Array]
     source: str
+    slopes: Callable[..., tuple[Any, ...]] | None = None
+    extras: tuple[Extra, ...] = ()
+    outputs: int = 1
+    operations: int = 0
+
+    def apply(self, *values: jax.Array, **extras: Any) -> jax.Array:
+        """`combine`, differentiated by `slopes` where the kind has them: in any mode and of any order."""
+        if self.slopes is None:
+            return self.combine(*values, **extras)
+        slopes = self.slopes
+
+        @jax.custom_jvp
+        def combine(*values):
+            return self.combine(*values)
+
+        @combine.defjvp
+        def rule(values, tangents):
+            y, terms = combine(*values), []
+            for p, slope, tangent in zip(self.projections, slopes(*values), tangents, strict=True):
+                term = slope * tangent
+                terms.append(term if p.rank == 1 else term.sum(-1))
+            return y, sum(terms[1:], terms[0]).astype(y.dtype)
+
+        return combine(*values)
+
+    def neurons(self, features: int) -> int:
+        """M, the number of neurons that give so many output channels.
+
+        Raises:
+          ValueError: if the channels of one neuron do not divide them.
+        """
+        if features % self.outputs:
+            raise ValueError(
+                f"kind {self.name!r} gives {self.outputs} channels per neuron, which do not divide {features} features"
+            )
+        return features // self.outputs
 
 
-# Gains: for independent projections of unit variance, Var(ab) = 1, Var(a^2) = 2, and x^2 has variance 2 + mean 1.
+class NeuronCost(NamedTuple):
+    """Parameters and multiply-accumulates of one layer; of a convolution the latter are per output position."""
+
+    params: int
+    macs: int
+
+
 KINDS: dict[str, Kind] = {}
+FAMILIES: dict[str, Callable[..., Kind]] = {}
 
 
 def register(kind: Kind, *, overwrite: bool = False) -> Kind:
     """Adds a kind of the user's own, and returns it; `overwrite` replaces one of the same name.
 
     Raises:
-      ValueError: if the name is taken by another kind, or projection names repeat.
+      ValueError: if the name is taken by another kind, or names repeat or refer to nothing.
     """
-    names = [projection.name for projection in kind.projections]
-    if not names or len(set(names)) != len(names):
+    names = [part.name for part in (*kind.projections, *kind.extras)]
+    if not kind.projections or len(set(names)) != len(names):
         raise ValueError(f"kind {kind.name!r} needs projections with different names, got {names}")
+    own = {p.name for p in kind.projections if p.kernel is None}
+    if missing := sorted({p.kernel for p in kind.projections if p.kernel} - own):
+        raise ValueError(f"kind {kind.name!r} shares the kernels of {missing}, but its own are those of {sorted(own)}")
     if kind.name in KINDS and KINDS[kind.name] != kind and not overwrite:
         raise ValueError(
             f"kind {kind.name!r} exists already: {KINDS[kind.name].formula}; choose another name or pass overwrite=True"
@@ -74,55 +160,96 @@ def register(kind: Kind, *, overwrite: bool = False) -> Kind:
     return kind
 
 
-def get(name: str) -> Kind:
-    """The kind of that name.
+def register_family(name: str, build: Callable[..., Kind]) -> None:
+    """Adds a family of kinds: `get("name(option=value)")` calls `build(option=value)`, `get("name")` its defaults.
 
     Raises:
-      ValueError: listing the known kinds.
+      ValueError: if the name is taken.
     """
-    if name not in KINDS:
-        raise ValueError(f"unknown kind {name!r}; known: {', '.join(KINDS)}. jaxeff.quadratic.register adds one")
-    return KINDS[name]
+    if FAMILIES.get(name, build) is not build or name in KINDS:
+        raise ValueError(f"kind {name!r} exists already; choose another name")
+    FAMILIES[name] = build
+
+
+def get(name: str) -> Kind:
+    """The kind of that name: "quadralib", or one of a family with options, "bergstra(rank=4)".
+
+    Raises:
+      ValueError: listing the known kinds; for an option that the family does not have.
+    """
+    if name in KINDS:
+        return KINDS[name]
+    family, options = _parsed(name)
+    if family not in FAMILIES:
+        raise ValueError(
+            f"unknown kind {name!r}; known: {', '.join((*KINDS, *FAMILIES))}. jaxeff.quadratic.register adds one"
+        )
+    try:
+        kind = FAMILIES[family](**options)
+    except TypeError as error:
+        raise ValueError(f"kind {name!r}: {error}") from None
+    return dataclasses.replace(kind, name=name)
+
+
+def cost(kind: Kind | str, inputs: int, features: int, *, groups: int = 1, bias: bool = False) -> NeuronCost:
+    """Parameters and multiply-accumulates of a layer, by the formulas of the taxonomy.
+
+    Args:
+      kind: the type of neuron.
+      inputs: n; of a convolution kernel height * width * input channels / groups.
+      features: O, output channels.
+      groups: channel groups.
+      bias: whether the projections have biases.
+
+    Returns:
+      Both counts; `operations` of the kind count as multiply-accumulates, as they do in the literature.
+    """
+    kind = get(kind) if isinstance(kind, str) else kind
+    neurons = kind.neurons(features)
+    params = macs = 0
+    for p in kind.projections:
+        if p.kernel is None:
+            params += neurons * p.rank * weights_of(p.of, inputs)
+        macs += neurons * p.rank * (weights_of(p.of, inputs) + (inputs if p.of == "pairs" else 0))
+        params += neurons * p.rank * (bias and p.bias)
+    for extra in kind.extras:
+        if bias or not extra.bias:
+            params += math.prod(extra.shape(neurons, groups))
+        macs += neurons * extra.macs(neurons, groups)
+    return NeuronCost(params, macs + neurons * kind.operations)
+
+
+def weights_of(of: Of, inputs: int) -> int:
+    """Weights of one projection of n inputs."""
+    return {"pairs": inputs**2, "symmetric_pairs": inputs * (inputs + 1) // 2}.get(of, inputs)
 
 
 def relinear_starts(kind: Kind) -> Mapping[str, Start]:
-    """How each projection starts under ReLinear initialisation.
+    """How each projection and extra starts under ReLinear initialisation.
 
     Raises:
       ValueError: if the kind has no first-order twin.
     """
-    starts = {p.name: p.relinear for p in kind.projections if p.relinear is not None}
-    if len(starts) != len(kind.projections):
-        able = [name for name, other in KINDS.items() if all(p.relinear for p in other.projections)]
+    if not _has_twin(kind):
+        able = [name for name in (*KINDS, *FAMILIES) if _has_twin(get(name))]
         raise ValueError(
             f"kind {kind.name!r} ({kind.formula}) cannot start as a first-order layer, so it has no ReLinear "
             f"initialisation; kinds that have one: {', '.join(able)}"
         )
-    return starts
+    return {part.name: part.relinear for part in (*kind.projections, *kind.extras) if part.relinear}
 
 
-register(Kind("first_order", "w.x", (Projection("c", relinear="kaiming"),), lambda c: c, "Rosenblatt 1958"))
-register(Kind("t2", "a.(x^2)", (Projection("a", power=2, gain=3**-0.5),), lambda a: a, "taxonomy of arXiv 2204.01701"))
-register(Kind("t3", "(a.x)^2", (Projection("a", gain=2**-0.25),), lambda a: a * a, "taxonomy of arXiv 2204.01701"))
-register(
-    Kind(
-        "t4",
-        "(a.x) * (b.x)",
-        (Projection("a", relinear="one"), Projection("b", relinear="kaiming")),
-        lambda a, b: a * b,
-        "taxonomy of arXiv 2204.01701",
-    )
-)
-register(
-    Kind(
-        "quadralib",
-        "(a.x) * (b.x) + c.x",
-        (
-            Projection("a", gain=2**-0.25, relinear="zero"),
-            Projection("b", gain=2**-0.25, relinear="kaiming"),
-            Projection("c", gain=2**-0.5, relinear="kaiming"),
-        ),
-        lambda a, b, c: a * b + c,
-        "QuadraLib, Xu et al., MLSys 2022, arXiv 2204.01701",
-    )
-)
+def _has_twin(kind: Kind) -> bool:
+    return all(p.relinear for p in kind.projections)
+
+
+def _parsed(name: str) -> tuple[str, dict[str, Any]]:
+    match = re.fullmatch(r"(\w+)\((.*)\)", name)
+    if match is None:
+        return name, {}
+    try:
+        call = ast.parse(f"f({match[2]})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        return match[1], {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        raise ValueError(f"kind {name!r}: expected name(option=value, ...), for example 'bergstra(rank=4)'") from None

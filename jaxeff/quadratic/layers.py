@@ -16,33 +16,38 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxeff import spec
-from jaxeff.ops import Norm, conv_general_dilated
+from jaxeff.ops import NormVariables, conv_general_dilated
 from jaxeff.ops.norms import checked_norm
-from jaxeff.quadratic import kinds
+from jaxeff.quadratic import backward, kinds, projections
+from jaxeff.quadratic.backward import Form, Save, Statistics
+from jaxeff.quadratic.projections import Impl
 
 Branch = Callable[[str, jax.Array], jax.Array]
-BRANCH_ACTS = {None: lambda x: x, "relu": jax.nn.relu}
 
 
 def dense(
-    params: Mapping[str, jax.Array],
+    params: Mapping[str, Any],
     x: jax.Array,
     *,
     kind: str = "quadralib",
     precision: Any = None,
     branch: Branch | None = None,
+    impl: Impl = "auto",
+    save: Save = "all",
 ) -> jax.Array:
     """Dense layer of neurons of a kind.
 
     Args:
-      params: "kernel_<p>" [I, O] and optionally "bias_<p>" [O] for every projection p of the kind.
+      params: "kernel_<p>" [I, M * r] and optionally "bias_<p>" [M * r] for every projection p of the kind (r of them
+        per neuron; mostly M is O and r is 1), [I * I, M] where it is of pairs, and the kind's extras.
       x: [..., I], same dtype as the kernels.
-      kind: a name in `jaxeff.quadratic.KINDS`.
+      kind: a name in `jaxeff.quadratic.KINDS`, or a family with options: "bergstra(rank=4)".
       precision: as in lax.
       branch: function (projection name, projection) -> projection, applied to each before they are combined.
+      impl: "separate" products, one "stacked" product for all projections, or "auto".
+      save: what the backward pass keeps, see `jaxeff.quadratic.backward`.
 
     Returns:
       [..., O].
@@ -50,15 +55,11 @@ def dense(
     Raises:
       ValueError: for an unknown kind, or missing or extra parameters.
     """
-
-    def project(z, kernel):
-        return lax.dot_general(z, kernel, (((z.ndim - 1,), (0,)), ((), ())), precision=precision)
-
-    return _neuron(params, x, kind, project, branch)
+    return dense_block(params, x, kind=kind, precision=precision, branch=branch, impl=impl, save=save)[0]
 
 
 def conv(
-    params: Mapping[str, jax.Array],
+    params: Mapping[str, Any],
     x: jax.Array,
     *,
     kind: str = "quadralib",
@@ -66,22 +67,30 @@ def conv(
     padding: Any = "SAME",
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
+    kernel_size: Sequence[int] | None = None,
     precision: Any = None,
     branch: Branch | None = None,
+    impl: Impl = "auto",
+    save: Save = "all",
     conv_general_dilated: Callable[..., jax.Array] = conv_general_dilated,
 ) -> jax.Array:
     """2D convolution of neurons of a kind.
 
     Args:
-      params: "kernel_<p>" [kh, kw, I/groups, O] and optionally "bias_<p>" [O] for every projection p of the kind.
+      params: "kernel_<p>" [kh, kw, I/groups, M * r] and optionally "bias_<p>" [M * r] for every projection p of the
+        kind (r of them per neuron; mostly M is O and r is 1), [n * n, M] with n = kh * kw * I/groups where it is of
+        pairs, and the kind's extras.
       x: [N, H, W, I], same dtype as the kernels.
-      kind: a name in `jaxeff.quadratic.KINDS`.
+      kind: a name in `jaxeff.quadratic.KINDS`, or a family with options: "bergstra(rank=4)".
       strides: two strides.
       padding: "SAME", "VALID" or two (low, high) pairs.
       dilation: two kernel dilations.
       groups: channel groups; must divide I and O.
+      kernel_size: (kh, kw); only kinds whose kernels are all of pairs need it.
       precision: as in lax.
       branch: function (projection name, projection) -> projection, applied to each before they are combined.
+      impl: "separate" convolutions, one "stacked" convolution for all projections, or "auto".
+      save: what the backward pass keeps, see `jaxeff.quadratic.backward`.
       conv_general_dilated: the convolution, with lax's signature.
 
     Returns:
@@ -90,87 +99,193 @@ def conv(
     Raises:
       ValueError: for an unknown kind, missing or extra parameters, a rank other than 4, or groups that do not divide.
     """
+    window: dict[str, Any] = dict(
+        strides=strides, padding=padding, dilation=dilation, groups=groups, kernel_size=kernel_size
+    )
+    settings: dict[str, Any] = dict(
+        precision=precision, impl=impl, save=save, conv_general_dilated=conv_general_dilated
+    )
+    return conv_block(params, x, kind=kind, **window, **settings)[0]
+
+
+def dense_block(
+    params: Mapping[str, Any],
+    x: jax.Array,
+    statistics: Statistics | None = None,
+    *,
+    kind: str = "quadralib",
+    precision: Any = None,
+    impl: Impl = "auto",
+    save: Save = "all",
+    piece_bytes: int | None = None,
+    **surroundings: Any,
+) -> tuple[jax.Array, Statistics]:
+    """A dense layer of neurons with everything around it, under one memory policy.
+
+    Args:
+      params, x, kind, precision, impl, save: as in `dense`; params also has the norms' parameters, see `Form`.
+      statistics: running moments of its batch norms, or None for those of this batch.
+      piece_bytes: as in `jaxeff.quadratic.backward.block`.
+      **surroundings: branch_norm, branch_act, branch, out_norm, act and axis_name of `Form`.
+
+    Returns:
+      The output [..., O], and the moments that its batch norms used, by projection name and "out".
+
+    Raises:
+      ValueError: as `dense`; for an unknown norm or activation.
+    """
+    chosen = kinds.get(kind)
+    projections.check_params(chosen, params)
+    project = projections.dense(chosen, precision, impl)
+    return backward.block(
+        Form(chosen, project, **surroundings), params, x, statistics, save=save, piece_bytes=piece_bytes
+    )
+
+
+def conv_block(
+    params: Mapping[str, Any],
+    x: jax.Array,
+    statistics: Statistics | None = None,
+    *,
+    kind: str = "quadralib",
+    strides: Sequence[int] = (1, 1),
+    padding: Any = "SAME",
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    kernel_size: Sequence[int] | None = None,
+    precision: Any = None,
+    impl: Impl = "auto",
+    save: Save = "all",
+    piece_bytes: int | None = None,
+    conv_general_dilated: Callable[..., jax.Array] = conv_general_dilated,
+    **surroundings: Any,
+) -> tuple[jax.Array, Statistics]:
+    """A convolution of neurons with everything around it, under one memory policy.
+
+    Args:
+      params, x, kind, strides, padding, dilation, groups, kernel_size, precision, impl, save, conv_general_dilated: as
+        in `conv`; params also has the norms' parameters, see `Form`.
+      statistics: running moments of its batch norms, or None for those of this batch.
+      piece_bytes: as in `jaxeff.quadratic.backward.block`.
+      **surroundings: branch_norm, branch_act, branch, out_norm, act and axis_name of `Form`.
+
+    Returns:
+      The output [N, H', W', O], and the moments that its batch norms used, by projection name and "out".
+
+    Raises:
+      ValueError: as `conv`; for an unknown norm or activation.
+    """
     if x.ndim != 4:
         raise ValueError(f"x must be [N, H, W, C], got shape {x.shape}")
-
-    def project(z, kernel):
-        return conv_general_dilated(
-            z,
-            kernel,
-            tuple(strides),
-            padding,
-            rhs_dilation=tuple(dilation),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=groups,
-            precision=precision,
-        )
-
-    return _neuron(params, x, kind, project, branch)
+    chosen = kinds.get(kind)
+    projections.check_params(chosen, params)
+    window = projections.Window(tuple(strides), padding, tuple(dilation), groups, kernel_size)
+    project = projections.conv(chosen, window, precision, impl, conv_general_dilated)
+    return backward.block(
+        Form(chosen, project, **surroundings), params, x, statistics, save=save, piece_bytes=piece_bytes
+    )
 
 
 class _QuadraticLayer(nn.Module):
-    """What dense and convolutional layers share: parameters of every projection, branch norms, initialisation."""
+    """What dense and convolutional layers share: parameters of every projection, norms, initialisation."""
 
-    def _params(self, kernel_shape: tuple[int, ...]) -> dict[str, jax.Array]:
+    def _run(self, function: Callable[..., Any], receptive: tuple[int, ...], x: jax.Array, train: bool, **options: Any):
+        """Declares the variables, runs the block and keeps the running statistics; receptive is [..., I / groups]."""
         kind = kinds.get(self.kind)
+        backward.check_save(self.save)
+        starts = self._checked_starts(kind)
+        params = self._params(kind, starts, receptive, options.get("groups", 1))
+        dtype = self.dtype or jnp.result_type(x, *params.values())
+        params = {name: v.astype(dtype) if name.startswith("kernel_") else v for name, v in params.items()}
+        norms, running = self._norms(kind, starts)
+        statistics = None if train else {name: r.moments() for name, r in running.items()}
+        y, used = function(
+            {**params, **norms},
+            x.astype(dtype),
+            statistics or None,
+            kind=self.kind,
+            branch_norm=self.branch_norm,
+            branch_act=self.branch_act,
+            out_norm=self.out_norm,
+            act=self.act,
+            axis_name=None if self.is_initializing() else self.axis_name,
+            precision=self.precision,
+            impl=self.impl,
+            save="all" if self.is_initializing() else self.save,
+            **options,
+        )
+        if train and not self.is_initializing():
+            for name, r in running.items():
+                r.update(used[name])
+        return y
+
+    def _checked_starts(self, kind: kinds.Kind) -> Mapping[str, kinds.Start]:
         if self.initialization not in ("kaiming", "relinear"):
             raise ValueError(f"initialization must be 'kaiming' or 'relinear', got {self.initialization!r}")
-        bias = self.use_bias if self.use_bias is not None else self.branch_norm is None
-        starts = kinds.relinear_starts(kind) if self.initialization == "relinear" else {}
-        normed = checked_norm(self.branch_norm) is not None
-        if "one" in starts.values() and not (bias if not normed else self.branch_norm != "rms"):
+        if self.initialization == "kaiming":
+            return {}
+        starts = kinds.relinear_starts(kind)
+        branches = [starts[p.name] for p in kind.projections]
+        offset = self._has_bias() if checked_norm(self.branch_norm) is None else self.branch_norm != "rms"
+        if "one" in branches and not offset:
             raise ValueError(
                 f"ReLinear initialisation of kind {self.kind!r} starts a projection at one, which needs an offset: "
                 "use_bias=True or a branch_norm other than 'rms' ('rms' has none)"
             )
-        if len(starts) > 1 and self.branch_act is not None:
+        if len(branches) > 1 and self.branch_act is not None:
             raise ValueError(
                 f"ReLinear initialisation needs branch_act=None, got {self.branch_act!r}: it would change the "
                 "first-order part and hold the quadratic part at zero"
             )
+        return starts
+
+    def _has_bias(self) -> bool:
+        return self.use_bias if self.use_bias is not None else self.branch_norm is None
+
+    def _params(self, kind, starts, receptive, groups) -> dict[str, jax.Array]:
+        neurons = kind.neurons(self.features)
+        normed = checked_norm(self.branch_norm) is not None
         params = {}
-        for projection in kind.projections:
-            start = starts.get(projection.name, "kaiming")
-            # With a branch norm it is the norm's scale and offset that switch the branch off, see `_branch`.
-            off = start != "kaiming" and not normed
-            gain = 1.0 if normed or starts else projection.gain
-            kernel = nn.initializers.zeros if off else _kaiming(gain)
-            params[f"kernel_{projection.name}"] = self.param(
-                f"kernel_{projection.name}", kernel, kernel_shape, self.param_dtype
-            )
-            if bias:
+        for p in kind.projections:
+            start = starts.get(p.name, "free")
+            # With a branch norm it is the norm's scale and offset that switch the branch off, see `_norms`.
+            off = start in ("zero", "one") and not normed
+            gain = 1.0 if normed or starts else p.gain
+            if p.kernel is None:
+                shape = projections.kernel_shape(p, receptive, neurons)
+                kernel = nn.initializers.zeros if off else _kaiming(gain)
+                params[f"kernel_{p.name}"] = self.param(f"kernel_{p.name}", kernel, shape, self.param_dtype)
+            if self._has_bias() and p.bias:
                 offset = nn.initializers.ones if off and start == "one" else nn.initializers.zeros
-                params[f"bias_{projection.name}"] = self.param(
-                    f"bias_{projection.name}", offset, kernel_shape[-1:], self.param_dtype
-                )
+                shape = (neurons * p.rank,)
+                params[f"bias_{p.name}"] = self.param(f"bias_{p.name}", offset, shape, self.param_dtype)
+        for extra in kind.extras:
+            if extra.bias and not self._has_bias():
+                continue
+            init = STARTS[starts[extra.name]] if starts else extra.init
+            shape = extra.shape(neurons, groups)
+            params[extra.name] = self.param(extra.name, init, shape, self.param_dtype)
         return params
 
-    def _branch(self, train: bool) -> Branch:
-        if self.branch_act not in BRANCH_ACTS:
-            raise ValueError(f"branch_act must be None or 'relu', got {self.branch_act!r}")
-        act = BRANCH_ACTS[self.branch_act]
-        kind = kinds.get(self.kind)
-        starts = kinds.relinear_starts(kind) if self.initialization == "relinear" else {}
-
-        def apply(name, z):
-            if self.branch_norm is not None:
-                start = starts.get(name, "kaiming")
-                z = Norm(
-                    self.branch_norm,
-                    axis_name=self.axis_name,
-                    dtype=self.dtype,
-                    param_dtype=self.param_dtype,
-                    scale_init=nn.initializers.ones if start == "kaiming" else nn.initializers.zeros,
-                    bias_init=nn.initializers.ones if start == "one" else nn.initializers.zeros,
-                    name=f"norm_{name}",
-                )(z, train)
-            return act(z)
-
-        return apply
-
-    def _cast(self, params, x):
-        dtype = self.dtype or jnp.result_type(x, *params.values())
-        return {name: value.astype(dtype) for name, value in params.items()}, x.astype(dtype)
+    def _norms(self, kind, starts):
+        """Parameters of the norms by the name under which `Form` takes them, and running statistics by branch."""
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        wanted = []
+        if checked_norm(self.branch_norm) is not None:
+            neurons = kind.neurons(self.features)
+            for p in kind.projections:
+                start = starts.get(p.name, "free")
+                scale, bias = zeros if start in ("zero", "one") else ones, ones if start == "one" else zeros
+                wanted.append((p.name, self.branch_norm, neurons * p.rank, scale, bias))
+        if checked_norm(self.out_norm) is not None:
+            wanted.append((backward.OUT, self.out_norm, self.features, ones, zeros))
+        params, running = {}, {}
+        for name, norm, features, scale, bias in wanted:
+            variables = NormVariables(norm, self.param_dtype, scale, bias, name=f"norm_{name}")
+            params[f"norm_{name}"], kept = variables(features)
+            if kept is not None:
+                running[name] = kept
+        return params, running
 
 
 class QuadraticDense(_QuadraticLayer):
@@ -178,13 +293,18 @@ class QuadraticDense(_QuadraticLayer):
 
     Attributes:
       features: output width O.
-      kind: a name in `jaxeff.quadratic.KINDS`.
+      kind: a name in `jaxeff.quadratic.KINDS`, or a family with options: "bergstra(rank=4)".
       use_bias: bias of every projection; None means only without branch norm.
       branch_norm: norm of every projection ("batch", "group", "layer", "rms") or None.
-      branch_act: activation of every projection after its norm, "relu" or None.
+      branch_act: activation of every projection after its norm ("relu", ...) or None.
+      out_norm: norm of the output, or None.
+      act: activation of the output ("relu", ...) or None.
+      save: what the backward pass keeps of the layer and its norms: "all", "ab" (input and projections) or "x" (input
+        only); the last two have reverse mode only. See `jaxeff.quadratic.backward`.
+      impl: "separate" products, one "stacked" product for all projections, or "auto", see `jaxeff.quadratic.autotune`.
       initialization: "kaiming" (unit output variance where the inputs are rectified standard normals, as after norm
         and ReLU) or "relinear" (starts as the first-order layer).
-      dtype: dtype of the arithmetic; None follows input and parameters.
+      dtype: dtype of input, kernels and output; None follows input and parameters. Between them it is at least float32.
       param_dtype: dtype of the parameters.
       precision: as in lax.
       axis_name: mapped axis over which batch norm shares its statistics.
@@ -194,7 +314,11 @@ class QuadraticDense(_QuadraticLayer):
     kind: str = "quadralib"
     use_bias: bool | None = None
     branch_norm: str | None = None
-    branch_act: Literal["relu"] | None = None
+    branch_act: str | None = None
+    out_norm: str | None = None
+    act: str | None = None
+    save: Save = "all"
+    impl: Impl = "auto"
     initialization: Literal["kaiming", "relinear"] = "kaiming"
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -203,9 +327,8 @@ class QuadraticDense(_QuadraticLayer):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps x [..., I] to [..., features]."""
-        params, x = self._cast(self._params((x.shape[-1], self.features)), x)
-        return dense(params, x, kind=self.kind, precision=self.precision, branch=self._branch(train))
+        """Maps x [..., I] to [..., features]; with `train`, batch norms use and update the statistics of this batch."""
+        return self._run(dense_block, (x.shape[-1],), x, train)
 
 
 class QuadraticConv(_QuadraticLayer):
@@ -218,8 +341,8 @@ class QuadraticConv(_QuadraticLayer):
       padding: "SAME", "VALID" or two (low, high) pairs.
       kernel_dilation: two kernel dilations.
       feature_group_count: channel groups.
-      kind, use_bias, branch_norm, branch_act, initialization, dtype, param_dtype, precision, axis_name: as in
-        `QuadraticDense`.
+      kind, use_bias, branch_norm, branch_act, out_norm, act, save, impl, initialization, dtype, param_dtype, precision,
+        axis_name: as in `QuadraticDense`.
       conv_general_dilated: the convolution, with lax's signature.
     """
 
@@ -232,7 +355,11 @@ class QuadraticConv(_QuadraticLayer):
     kind: str = "quadralib"
     use_bias: bool | None = None
     branch_norm: str | None = None
-    branch_act: Literal["relu"] | None = None
+    branch_act: str | None = None
+    out_norm: str | None = None
+    act: str | None = None
+    save: Save = "all"
+    impl: Impl = "auto"
     initialization: Literal["kaiming", "relinear"] = "kaiming"
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -242,33 +369,37 @@ class QuadraticConv(_QuadraticLayer):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Convolves x [N, H, W, I] to [N, H', W', features]."""
+        """Convolves x [N, H, W, I] to [N, H', W', features]; `train` as in `QuadraticDense`."""
         groups = self.feature_group_count
         if x.ndim != 4:
             raise ValueError(f"x must be [N, H, W, C], got shape {x.shape}")
-        if groups < 1 or x.shape[-1] % groups or self.features % groups:
+        if groups < 1 or x.shape[-1] % groups or kinds.get(self.kind).neurons(self.features) % groups:
             raise ValueError(
                 f"feature_group_count={groups} must divide the {x.shape[-1]} input channels and the "
                 f"{self.features} features; choose a common divisor of both"
             )
-        shape = (*self.kernel_size, x.shape[-1] // groups, self.features)
-        params, x = self._cast(self._params(shape), x)
-        return conv(
-            params,
+        return self._run(
+            conv_block,
+            (*self.kernel_size, x.shape[-1] // groups),
             x,
-            kind=self.kind,
+            train,
             strides=self.strides,
             padding=self.padding,
             dilation=self.kernel_dilation,
             groups=groups,
-            precision=self.precision,
-            branch=self._branch(train),
+            kernel_size=self.kernel_size,
             conv_general_dilated=self.conv_general_dilated,
         )
 
 
-def conv_layer(layer: spec.Conv, *, bias: bool, groups: int, **settings: Any) -> QuadraticConv:
-    """Convolution factory for `jaxeff.models.Network(conv=...)`: every kind, first order included."""
+def conv_layer(
+    layer: spec.Conv, *, bias: bool, groups: int, save: Save = "all", initialization: Any = "kaiming", **settings: Any
+) -> QuadraticConv:
+    """Convolution factory for `jaxeff.models.Network(conv=...)`: every kind, first order included.
+
+    The layer's norm and activation are part of the block, so that `functools.partial(conv_layer, save="x")` makes a
+    network that keeps only the inputs of its layers.
+    """
     return QuadraticConv(
         layer.features,
         layer.kernel,
@@ -278,31 +409,38 @@ def conv_layer(layer: spec.Conv, *, bias: bool, groups: int, **settings: Any) ->
         kind=layer.kind,
         use_bias=bias,
         branch_norm=layer.branch_norm,
+        out_norm=layer.norm,
+        act=layer.act,
+        save=save,
+        initialization=initialization,
         **settings,
     )
 
 
-def dense_layer(layer: spec.Dense, *, bias: bool, **settings: Any) -> QuadraticDense:
-    """Dense factory for `jaxeff.models.Network(dense=...)`: every kind, first order included."""
-    return QuadraticDense(layer.features, kind=layer.kind, use_bias=bias, branch_norm=layer.branch_norm, **settings)
+def dense_layer(
+    layer: spec.Dense, *, bias: bool, save: Save = "all", initialization: Any = "kaiming", **settings: Any
+) -> QuadraticDense:
+    """Dense factory for `jaxeff.models.Network(dense=...)`: every kind, first order included; see `conv_layer`."""
+    return QuadraticDense(
+        layer.features,
+        kind=layer.kind,
+        use_bias=bias,
+        branch_norm=layer.branch_norm,
+        out_norm=layer.norm,
+        act=layer.act,
+        save=save,
+        initialization=initialization,
+        **settings,
+    )
 
 
-def _neuron(params, x, kind_name, project, branch) -> jax.Array:
-    kind = kinds.get(kind_name)
-    needed = {f"kernel_{p.name}" for p in kind.projections}
-    allowed = needed | {f"bias_{p.name}" for p in kind.projections}
-    if not needed <= set(params) <= allowed:
-        raise ValueError(
-            f"kind {kind.name!r} ({kind.formula}) takes {sorted(needed)} and optional biases; "
-            f"missing {sorted(needed - set(params))}, unexpected {sorted(set(params) - allowed)}"
-        )
-    values = []
-    for p in kind.projections:
-        z = project(x if p.power == 1 else x**p.power, params[f"kernel_{p.name}"])
-        if (offset := params.get(f"bias_{p.name}")) is not None:
-            z = z + offset
-        values.append(z if branch is None else branch(p.name, z))
-    return kind.combine(*values)
+def _identity(key, shape, dtype=jnp.float32):
+    """A map between features [rows, M] that leaves each of the M / rows groups of channels as it is."""
+    rows, columns = shape
+    return jnp.tile(jnp.eye(rows, dtype=dtype), (1, columns // rows))
+
+
+STARTS = {"zero": nn.initializers.zeros, "one": nn.initializers.ones, "identity": _identity}
 
 
 def _kaiming(gain: float):

@@ -9,35 +9,107 @@ from jax import numpy as jnp
 
 from jaxeff import quadratic
 from jaxeff.models import Network, cnn
-from jaxeff.quadratic import KINDS, Kind, Projection, conv, dense, kinds, register
+from jaxeff.quadratic import KINDS, Kind, Projection, conv, cost, dense, kinds, register
 from jaxeff.spec import quadratize
 
-BUILT_IN = ("first_order", "t2", "t3", "t4", "quadralib")
-# The formulas and the derivative of each by its projections, written by hand.
-VALUE = {
-    "first_order": lambda c: c,
-    "t2": lambda a: a,
-    "t3": lambda a: a**2,
-    "t4": lambda a, b: a * b,
-    "quadralib": lambda a, b, c: a * b + c,
+WINDOWS = {
+    "plain": dict(padding=((1, 1), (1, 1))),
+    "valid-stride": dict(strides=(2, 3)),
+    "asymmetric-dilated": dict(padding=((0, 2), (1, 0)), dilation=(2, 1), strides=(1, 2)),
+    "groups": dict(groups=2, padding=((1, 1), (1, 0)), strides=(2, 1), dilation=(1, 2)),
 }
-SLOPES = {
-    "first_order": lambda c: (1,),
-    "t2": lambda a: (1,),
-    "t3": lambda a: (2 * a,),
-    "t4": lambda a, b: (b, a),
-    "quadralib": lambda a, b, c: (b, a, 1),
+
+
+class Reference:
+    """The numbers that a formula is written in: projections of one patch, in float64."""
+
+    def __init__(self, params, patches, groups):
+        self.params = {name: np.asarray(value, np.float64) for name, value in params.items()}
+        self.patches = patches.reshape(*patches.shape[:3], groups, -1)  # [N, H', W', G, n]
+        self.groups = groups
+
+    def __call__(self, name, power=1, kernel=None):
+        """[..., M * r], output channels of group g from the channels of group g."""
+        weights = self.params[f"kernel_{kernel or name}"]
+        weights = weights.reshape(-1, self.groups, weights.shape[-1] // self.groups)
+        z = np.einsum("nhwgi,igo->nhwgo", self.patches**power, weights)
+        return z.reshape(*z.shape[:3], -1) + self.params.get(f"bias_{name}", 0)
+
+    def ranked(self, name, rank):
+        z = self(name)
+        return z.reshape(*z.shape[:3], -1, rank)
+
+    def form(self, name, symmetric=False):
+        """x^T A x with A [n, n] of each neuron, or its upper triangle."""
+        n = self.patches.shape[-1]
+        weights = self.params[f"kernel_{name}"]
+        matrix = np.zeros((n, n, weights.shape[-1]))
+        matrix[np.triu_indices(n) if symmetric else tuple(np.indices((n, n)).reshape(2, -1))] = weights
+        matrix = matrix.reshape(n, n, self.groups, -1)
+        z = np.einsum("nhwgi,ijgo,nhwgj->nhwgo", self.patches, matrix, self.patches)
+        return z.reshape(*z.shape[:3], -1) + self.params.get(f"bias_{name}", 0)
+
+    def mixed(self, name, hidden, offset):
+        weights = self.params[name].reshape(-1, self.groups, self.params[name].shape[-1] // self.groups)
+        split = hidden.reshape(*hidden.shape[:3], self.groups, -1)
+        return np.einsum("nhwgi,igo->nhwgo", split, weights).reshape(hidden.shape) + self.params.get(offset, 0)
+
+
+def nested(q):
+    hidden = q("u1") * q.params["v1"]
+    hidden = q("u2") * q.mixed("s2", hidden, "v2")
+    return q.mixed("mix", q("u3") * q.mixed("s3", hidden, "v3"), "offset")
+
+
+def coupled(q):
+    hidden = q("u1")
+    hidden = q("u2") * hidden + hidden
+    return q.mixed("mix", q("u3") * hidden + hidden, "offset")
+
+
+def emitting(q):
+    projections = q.ranked("q", 2)
+    first = q("c") + (q.params["scale"] * projections**2).sum(-1)
+    return np.concatenate([first[..., None], projections], -1).reshape(*first.shape[:3], -1)
+
+
+FORMULAS = {
+    "first_order": lambda q: q("c"),
+    "t1": lambda q: q.form("a"),
+    "t1_symmetric": lambda q: q.form("a", symmetric=True),
+    "t1_linear": lambda q: q.form("a") + q("c"),
+    "t1_t2": lambda q: q.form("a") + q("b", power=2),
+    "t1_low_rank(rank=3)": lambda q: (q.ranked("a", 3) * q.ranked("b", 3)).sum(-1),
+    "t2": lambda q: q("a", power=2),
+    "t3": lambda q: q("a") ** 2,
+    "t4": lambda q: q("a") * q("b"),
+    "t2_t4": lambda q: q("a") * q("b") + q("s", power=2, kernel="b"),
+    "fan": lambda q: q("a") * q("b") + q("s", power=2),
+    "quadralib": lambda q: q("a") * q("b") + q("c"),
+    "qres": lambda q: q("a") * q("b") + q("a"),
+    "reduced": lambda q: q("c") + q("s", power=2),
+    "bergstra(rank=2)": lambda q: (q.ranked("a", 2) ** 2).sum(-1) + q("c"),
+    "bergstra(rank=2, root=True)": lambda q: np.sqrt((q.ranked("a", 2) ** 2).sum(-1) + 1e-6) + q("c"),
+    "emitting(rank=2)": emitting,
+    "ccp(order=3)": coupled,
+    "ncp(order=3)": nested,
 }
-LETTERS = {"first_order": "c", "t2": "a", "t3": "a", "t4": "ab", "quadralib": "abc"}
+NEURONS = {"emitting(rank=2)": 2}  # times three channels; the others have six neurons
 
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def weights(kind, *shape, bias=True):
-    params = {f"kernel_{p}": normal(i, *shape) for i, p in enumerate(LETTERS[kind])}
-    return params | ({f"bias_{p}": normal(9 + i, shape[-1]) for i, p in enumerate(LETTERS[kind])} if bias else {})
+def weights(kind, *receptive, features=6, bias=True, groups=1):
+    """Random parameters with the shapes that the layers declare."""
+    if len(receptive) == 1:
+        layer, x = quadratic.QuadraticDense(features, kind, bias), np.ones((1, *receptive), np.float32)
+    else:
+        x = np.ones((1, *receptive[:2], receptive[2] * groups), np.float32)
+        layer = quadratic.QuadraticConv(features, receptive[:2], kind=kind, use_bias=bias, feature_group_count=groups)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    return {name: normal(i, *leaf.shape) for i, (name, leaf) in enumerate(sorted(shapes.items()))}
 
 
 def assert_near(actual, expected, tolerance=2e-5):
@@ -45,99 +117,151 @@ def assert_near(actual, expected, tolerance=2e-5):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-def patches_of(x, kernel, strides=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1)):
-    """im2col with positions: [N, H', W', kh, kw, C], and for each (row, column) where it was read in the padded x."""
-    padded = np.pad(x, ((0, 0), *padding, (0, 0)))
+def patches_of(x, kernel, strides=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1), groups=1):
+    """im2col: [N, H', W', groups, kh, kw, C / groups]."""
+    padded = np.pad(x.astype(np.float64), ((0, 0), *padding, (0, 0)))
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
     rows, cols = (
         np.arange(0, size - r + 1, s)[:, None] + np.arange(k) * d
         for size, r, s, k, d in zip(padded.shape[1:3], reach, strides, kernel, dilation, strict=True)
     )
-    index = rows[:, None, :, None], cols[None, :, None, :]
-    return padded[:, *index], index, padded.shape
+    patches = padded[:, rows[:, None, :, None], cols[None, :, None, :]]
+    return np.moveaxis(patches.reshape(*patches.shape[:-1], groups, -1), -2, 3)
 
 
-def oracle(kind, params, x, g, groups=1, padding=((0, 0), (0, 0)), **window):
-    """Value of a convolution of neurons, and the gradients of vdot(value, g) by x and by the parameters."""
-    x, g = x.astype(np.float64), None if g is None else g.astype(np.float64)
-    raised = x**2 if kind == "t2" else x
-    kernel = params[f"kernel_{LETTERS[kind][0]}"].shape
-    patches, index, shape = patches_of(raised, kernel[:2], padding=padding, **window)
-    split = patches.reshape(*patches.shape[:-1], groups, -1)
-    grouped = {p: params[f"kernel_{p}"].astype(np.float64).reshape(*kernel[:3], groups, -1) for p in LETTERS[kind]}
-    projections = [
-        np.einsum("nhwijgc,ijcgo->nhwgo", split, grouped[p]).reshape(*patches.shape[:3], -1)
-        + params.get(f"bias_{p}", 0)
-        for p in LETTERS[kind]
-    ]
-    y = VALUE[kind](*projections)
-    if g is None:
-        return y
-    grads, dpatches = {}, 0
-    for p, slope in zip(LETTERS[kind], SLOPES[kind](*projections), strict=True):
-        wanted = (g * slope).reshape(*g.shape[:3], groups, -1)
-        grads[f"kernel_{p}"] = np.einsum("nhwijgc,nhwgo->ijcgo", split, wanted).reshape(kernel)
-        if f"bias_{p}" in params:
-            grads[f"bias_{p}"] = (g * slope).sum((0, 1, 2))
-        dpatches = dpatches + np.einsum("nhwgo,ijcgo->nhwijgc", wanted, grouped[p])
-    dx = np.zeros(shape)
-    np.add.at(dx, (slice(None), *index), dpatches.reshape(patches.shape))
-    dx = dx[:, padding[0][0] : padding[0][0] + x.shape[1], padding[1][0] : padding[1][0] + x.shape[2]]
-    return y, dx * (2 * x if kind == "t2" else 1), grads
+def oracle(kind, params, x, kernel=(3, 3), groups=1, **window):
+    return FORMULAS[kind](Reference(params, patches_of(x, kernel, groups=groups, **window), groups))
 
 
-WINDOWS = {
-    "plain": dict(padding=((1, 1), (1, 1))),
-    "valid-stride": dict(strides=(2, 3)),
-    "asymmetric-dilated": dict(padding=((0, 2), (1, 0)), dilation=(2, 1), strides=(1, 2)),
-    "groups": dict(groups=2, padding=((1, 1), (1, 1)), strides=(2, 1)),
-}
+def directional(function, values, direction):
+    """Central difference of a function of a dictionary of arrays in float64; of a cubic it is exact to rounding."""
+    step = 1e-5
+    moved = [{name: value + sign * step * direction[name] for name, value in values.items()} for sign in (1, -1)]
+    return (function(moved[0]) - function(moved[1])) / (2 * step)
 
 
-@pytest.mark.parametrize(
-    ("kind", "window"), [*((kind, "groups") for kind in BUILT_IN), *(("quadralib", name) for name in list(WINDOWS)[:3])]
-)
-def test_convolution_and_its_gradients_equal_im2col(kind, window):
-    options = {"padding": ((0, 0), (0, 0)), **WINDOWS[window]}
-    x, params = normal(20, 2, 6, 7, 4), weights(kind, 3, 3, 4 // options.get("groups", 1), 6)
-    g = normal(21, *oracle(kind, params, x, None, **options).shape)
-    y, dx, grads = oracle(kind, params, x, g, **options)
+def compare_with_oracle(kind, options):
+    options = {"padding": ((0, 0), (0, 0)), **options}
+    groups = options.get("groups", 1)
+    x, params = normal(20, 2, 6, 7, 4), weights(kind, 3, 3, 4 // groups, groups=groups)
+    expected = oracle(kind, params, x, **options)
+    g = normal(21, *expected.shape)
 
-    def ours(params, x, g):
-        y, vjp = jax.vjp(lambda params, x: conv(params, x, kind=kind, **options), params, x)
+    def ours(params, x):
+        y, vjp = jax.vjp(lambda p, x: conv(p, x, kind=kind, kernel_size=(3, 3), **options), params, x)
         return y, *vjp(g)
 
-    actual = jax.jit(ours, compiler_options={"xla_backend_optimization_level": 0})(params, x, g)
-    assert_near(actual[0], y)
-    assert_near(actual[2], dx)
-    assert set(actual[1]) == set(grads)
-    for name, expected in grads.items():
-        assert_near(actual[1][name], expected)
+    y, by_params, by_x = jax.jit(ours, compiler_options={"xla_backend_optimization_level": 0})(params, x)
+    assert_near(y, expected)
+    values = {name: value.astype(np.float64) for name, value in {**params, "x": x}.items()}
+    for name, gradient in {**by_params, "x": by_x}.items():
+        direction = {other: 0.0 for other in values} | {name: normal(30, *values[name].shape).astype(np.float64)}
+
+        def product(values):
+            rest = {other: value for other, value in values.items() if other != "x"}
+            return np.vdot(oracle(kind, rest, values["x"], **options), g)
+
+        slope = directional(product, values, direction)
+        scale = np.linalg.norm(gradient) * np.linalg.norm(direction[name])
+        assert abs(np.vdot(gradient, direction[name]) - slope) < 2e-5 * scale, name
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+@pytest.mark.parametrize("window", ["groups", pytest.param("asymmetric-dilated", marks=pytest.mark.slow)])
+def test_convolution_and_its_gradients_equal_im2col(kind, window):
+    compare_with_oracle(kind, WINDOWS[window])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strides", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("padding", [((0, 0), (0, 0)), ((1, 1), (1, 1)), ((0, 2), (1, 0))])
+@pytest.mark.parametrize("dilation", [(1, 1), (1, 2)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_combination_of_window_settings(strides, padding, dilation, groups):
+    compare_with_oracle("quadralib", dict(strides=strides, padding=padding, dilation=dilation, groups=groups))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_stacked_and_separate_convolutions_are_equal(groups):
+    x, params = normal(20, 2, 5, 5, 4), weights("quadralib", 3, 3, 4 // groups, groups=groups)
+    separate, stacked = (conv(params, x, groups=groups, impl=impl) for impl in ("separate", "stacked"))
+    assert_near(stacked, np.asarray(separate))
+    with pytest.raises(ValueError, match="impl must be one of 'separate', 'stacked', 'auto', got 'fused'"):
+        conv(params, x, groups=groups, impl="fused")
 
 
 def test_padding_names_of_convolutions():
-    x, params = normal(20, 2, 6, 7, 2), weights("quadralib", 3, 2, 2, 3)
-    same = oracle("quadralib", params, x, None, padding=((1, 1), (0, 1)))
-    assert_near(conv(params, x), same)
-    assert_near(conv(params, x, padding="VALID"), oracle("quadralib", params, x, None))
+    for kind in ("quadralib", "t1"):
+        x, params = normal(20, 2, 6, 7, 2), weights(kind, 3, 2, 2)
+        same = oracle(kind, params, x, (3, 2), padding=((1, 1), (0, 1)))
+        assert_near(conv(params, x, kind=kind, kernel_size=(3, 2)), same)
+        valid = conv(params, x, kind=kind, kernel_size=(3, 2), padding="VALID")
+        assert_near(valid, oracle(kind, params, x, (3, 2)))
+    with pytest.raises(ValueError, match="kind 't1' has kernels of pairs only, .*: give kernel_size"):
+        conv(params, x, kind="t1")
 
 
-@pytest.mark.parametrize("kind", BUILT_IN)
+@pytest.mark.parametrize("kind", FORMULAS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_dense_layer_and_its_gradients_equal_its_formula(kind, bias):
-    x, params, g = normal(20, 4, 5), weights(kind, 5, 3, bias=bias), normal(21, 4, 3)
-    as_conv = {name: value[None, None] if name[0] == "k" else value for name, value in params.items()}
-    y, dx, grads = oracle(kind, as_conv, x[:, None, None], g[:, None, None])
-    actual, vjp = jax.vjp(lambda params, x: dense(params, x, kind=kind), params, x)
-    assert_near(actual, y[:, 0, 0])
-    by_params, by_x = vjp(g)
-    assert_near(by_x, dx[:, 0, 0])
-    for name, value in params.items():
-        assert_near(by_params[name], grads[name].reshape(value.shape))
+def test_dense_layers_equal_their_formula(kind, bias):
+    x, params = normal(20, 4, 5), weights(kind, 5, bias=bias)
+    as_conv = {name: v[None, None] if name[0] == "k" and "t1" not in kind else v for name, v in params.items()}
+    expected = oracle(kind, as_conv, x[:, None, None], (1, 1))
+    assert_near(dense(params, x, kind=kind), expected[:, 0, 0])
+
+
+def test_closed_form_slopes_equal_automatic_differentiation():
+    for name in (*KINDS, "t1_low_rank(rank=3)"):
+        kind = kinds.get(name)
+        if kind.slopes is None:
+            continue
+        values = [jnp.asarray(normal(i, 4, *([p.rank] if p.rank > 1 else []))) for i, p in enumerate(kind.projections)]
+        tangents = [normal(9 + i, *value.shape) for i, value in enumerate(values)]
+        plain, ours = (jax.jvp(f, values, tangents)[1] for f in (kind.combine, kind.apply))
+        assert_near(ours, np.asarray(plain))
+        first, *others = values
+        second = [
+            jax.hessian(lambda v, f=f, others=others: f(v, *others).sum())(first) for f in (kind.combine, kind.apply)
+        ]
+        np.testing.assert_allclose(second[1], second[0], atol=1e-6)
+
+
+# Weights and multiply-accumulates per neuron of n inputs, as the taxonomy's table has them.
+TABLE = {
+    "first_order": (lambda n: n, lambda n: n),
+    "t1": (lambda n: n * n, lambda n: n * n + n),
+    "t1_linear": (lambda n: n * n + n, lambda n: n * n + 2 * n),
+    "t1_t2": (lambda n: n * n + n, lambda n: n * n + 2 * n),
+    "t2": (lambda n: n, lambda n: n),
+    "t3": (lambda n: n, lambda n: n + 1),
+    "t4": (lambda n: 2 * n, lambda n: 2 * n + 1),
+    "t2_t4": (lambda n: 2 * n, lambda n: 3 * n + 1),
+    "quadralib": (lambda n: 3 * n, lambda n: 3 * n + 2),
+    "fan": (lambda n: 3 * n, lambda n: 3 * n + 2),
+}
+
+
+@pytest.mark.parametrize("kind", TABLE)
+def test_costs_are_those_of_the_taxonomy(kind):
+    for n in (5, 576):
+        params, macs = TABLE[kind]
+        assert cost(kind, n, 7) == (7 * params(n), 7 * macs(n))
+
+
+def test_low_rank_neurons_cost_about_a_first_order_one_per_channel():
+    k, n = 3, 100
+    assert cost("emitting(rank=3)", n, k + 1, bias=True).params == (k + 1) * n + k + 1
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_costs_count_the_parameters_that_layers_have(kind):
+    for bias in (False, True):
+        params = weights(kind, 3, 3, 2, groups=2, bias=bias)
+        assert sum(value.size for value in params.values()) == cost(kind, 18, 6, groups=2, bias=bias).params
 
 
 def test_dense_layers_take_any_leading_axes():
-    x, params = normal(20, 2, 3, 5), weights("quadralib", 5, 4)
+    x, params = normal(20, 2, 3, 5), weights("quadralib", 5, features=4)
     assert_near(dense(params, x), np.asarray(dense(params, x.reshape(6, 5))).reshape(2, 3, 4))
     assert dense(params, x[0, 0]).shape == (4,)
 
@@ -146,7 +270,13 @@ def test_dense_layers_take_any_leading_axes():
 
 
 def t(kind, x, *kernels):
-    return np.asarray(dense({f"kernel_{p}": k for p, k in zip(LETTERS[kind], kernels, strict=True)}, x, kind=kind))
+    return np.asarray(
+        dense(
+            {f"kernel_{p}": k for p, k in zip("c" if kind == "first_order" else "abc", kernels, strict=False)},
+            x,
+            kind=kind,
+        )
+    )
 
 
 def test_t3_is_t4_with_equal_weights():
@@ -166,6 +296,21 @@ def test_a_product_is_a_difference_of_squares():
     assert_near(t("t4", x, a, b), (t("t3", x, a + b) - t("t3", x, a - b)) / 4)
 
 
+def test_a_full_form_of_rank_two_is_a_sum_of_two_products():
+    x, u, v = normal(0, 4, 5), normal(1, 5, 3, 2), normal(2, 5, 3, 2)
+    full = np.einsum("iok,jok->ijo", u, v).reshape(25, 3)
+    low = dense({"kernel_a": u.reshape(5, 6), "kernel_b": v.reshape(5, 6)}, x, kind="t1_low_rank(rank=2)")
+    assert_near(t("t1", x, full), np.asarray(low))
+    products = [t("t4", x, u[..., k], v[..., k]) for k in range(2)]
+    assert_near(np.asarray(low), products[0] + products[1])
+
+
+def test_translating_the_input_translates_the_output():
+    x, params = normal(0, 1, 12, 12, 2), weights("quadralib", 3, 3, 2)
+    y, moved = (np.asarray(conv(params, z, padding="VALID")) for z in (x, np.roll(x, (2, 3), (1, 2))))
+    np.testing.assert_allclose(moved[:, 2:, 3:], y[:, :-2, :-3], atol=1e-5)
+
+
 def test_quadralib_is_t4_plus_first_order():
     x, a, b, c = (normal(i, 4, 5) if i == 0 else normal(i, 5, 3) for i in range(4))
     assert_near(t("quadralib", x, a, b, c), t("t4", x, a, b) + t("first_order", x, c))
@@ -179,29 +324,52 @@ def own_registry(monkeypatch):
     monkeypatch.setattr(kinds, "KINDS", dict(kinds.KINDS))
 
 
-def test_built_in_kinds():
-    assert set(BUILT_IN) <= set(KINDS)
-    for kind in BUILT_IN:
-        assert "".join(p.name for p in kinds.get(kind).projections) == LETTERS[kind]
+def test_every_registered_kind_is_compared_with_its_formula():
+    assert {name.split("(")[0] for name in FORMULAS} >= {*KINDS, *kinds.FAMILIES}
+
+
+def test_families_take_options():
+    assert kinds.get("bergstra(rank=4)").projections[0].rank == 4
+    assert kinds.get("ncp").name == "ncp" and len(kinds.get("ncp(order=2)").projections) == 2
+    for name, message in {
+        "bergstra(width=4)": "kind 'bergstra.width=4.': .*unexpected keyword argument 'width'",
+        "bergstra(rank=0)": "rank must be an integer of at least 1, got 0",
+        "bergstra(4)": "expected name.option=value",
+        "t9(rank=2)": "unknown kind 't9.rank=2.'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            kinds.get(name)
+    with pytest.raises(
+        ValueError, match=r"kind 'emitting\(rank=2\)' gives 3 channels per neuron, which do not divide 8 features"
+    ):
+        quadratic.QuadraticDense(8, kind="emitting(rank=2)").init(jax.random.key(0), normal(0, 2, 5))
+
+
+def test_full_forms_over_too_many_pairs_are_refused_with_the_alternative():
+    layer = quadratic.QuadraticConv(64, (3, 3), kind="t1")
+    with pytest.raises(
+        ValueError, match=r"331,776 weights in each of 64 neurons, 21,233,664 .*'t1_low_rank\(rank=2\)' has 147,456"
+    ):
+        jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 8, 8, 64)))
 
 
 def test_a_kind_of_the_users_own_runs_in_a_network(own_registry):
     register(
         Kind(
-            "fan",
+            "mine",
             "(a.x) * (b.x) + c.(x^2)",
-            (Projection("a"), Projection("b"), Projection("c", power=2)),
+            (Projection("a"), Projection("b"), Projection("c", "square")),
             lambda a, b, c: a * b + c,
-            "Fan et al. 2023",
+            "mine",
         )
     )
     x, params = normal(0, 2, 4, 4, 1), {f"kernel_{p}": normal(i, 3, 3, 1, 2) for i, p in enumerate("abc")}
     assert_near(
-        conv(params, x, kind="fan"),
+        conv(params, x, kind="mine"),
         np.asarray(conv({k: params[k] for k in ("kernel_a", "kernel_b")}, x, kind="t4"))
         + np.asarray(conv({"kernel_a": params["kernel_c"]}, x, kind="t2")),
     )
-    network = Network(quadratize(cnn((2,), input_shape=(4, 4, 1), norm=None), "fan"), conv=quadratic.conv_layer)
+    network = Network(quadratize(cnn((2,), input_shape=(4, 4, 1), norm=None), "mine"), conv=quadratic.conv_layer)
     y, variables = jax.eval_shape(network.init_with_output, jax.random.key(0), x)
     assert y.shape == (2, 10)
     assert set(variables["params"]["conv1"]["layer"]) == {f"{w}_{p}" for w in ("kernel", "bias") for p in "abc"}
@@ -219,7 +387,7 @@ def test_kinds_that_cannot_be_registered(own_registry):
 
 def test_unknown_kinds_are_an_error_that_lists_the_known():
     for call in (lambda: dense({}, np.ones((1, 2)), kind="t9"), lambda: kinds.get("t9")):
-        with pytest.raises(ValueError, match="unknown kind 't9'; known: first_order, t2, t3, t4, quadralib.*register"):
+        with pytest.raises(ValueError, match="unknown kind 't9'; known: first_order, .*quadralib, .*ncp.*register"):
             call()
 
 
@@ -232,7 +400,7 @@ def test_unknown_kinds_are_an_error_that_lists_the_known():
     ],
 )
 def test_missing_and_unknown_parameters_are_an_error_that_names_them(drop, add, message):
-    params = weights("quadralib", 3, 2) | ({add: np.ones(2, np.float32)} if add else {})
+    params = weights("quadralib", 3, features=2) | ({add: np.ones(2, np.float32)} if add else {})
     params.pop(drop, None)
     with pytest.raises(ValueError, match=message):
         dense(params, normal(0, 4, 3))
@@ -244,9 +412,11 @@ def test_inputs_of_another_rank_are_an_error():
 
 
 def test_relinear_starts_exist_where_a_first_order_twin_does():
-    assert kinds.relinear_starts(kinds.get("quadralib")) == {"a": "zero", "b": "kaiming", "c": "kaiming"}
+    assert kinds.relinear_starts(kinds.get("quadralib")) == {"a": "zero", "b": "free", "c": "twin"}
     for kind in ("t2", "t3"):
-        with pytest.raises(ValueError, match=f"kind '{kind}' .*that have one: first_order, t4, quadralib"):
+        with pytest.raises(
+            ValueError, match=f"kind '{kind}' .*that have one: first_order, t1_linear, t4, fan, quadralib, .*ncp"
+        ):
             kinds.relinear_starts(kinds.get(kind))
 
 

@@ -107,7 +107,11 @@ def test_other_branch_norms_do_not_look_at_other_examples(norm):
 # --- initialisation ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["first_order", "t2", "t3", "t4", "quadralib"])
+KINDS = ("first_order", "t2", "t3", "t4", "t2_t4", "fan", "quadralib", "qres", "reduced", "t1_low_rank(rank=3)")
+FAMILIES = ("bergstra(rank=2)", "bergstra(rank=2, root=True)", "ccp(order=3)", "ncp(order=3)", "emitting(rank=2)")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *FAMILIES])
 def test_kaiming_gives_unit_variance_on_rectified_normal_inputs(kind):
     x = np.maximum(normal(0, 400, 300), 0)
     y, variables = once(QuadraticDense(300, kind=kind, initialization="kaiming").init_with_output)(KEY, x)
@@ -126,6 +130,11 @@ TWINS = [
     (QuadraticDense, "quadralib", "batch", True),
     (QuadraticDense, "t4", "batch", None),
     (QuadraticDense, "t4", "layer", None),
+    (QuadraticDense, "fan", None, None),
+    (QuadraticDense, "fan", "batch", None),
+    (QuadraticConv, "qres", None, None),
+    (QuadraticDense, "reduced", None, False),
+    (QuadraticDense, "t1_linear", None, None),
 ]
 
 
@@ -133,7 +142,7 @@ TWINS = [
 def test_relinear_starts_exactly_as_the_first_order_twin(layer, kind, norm, bias):
     settings = dict(branch_norm=norm, use_bias=bias, initialization="relinear")
     ours, twin = layer(8, kind=kind, **settings), layer(8, kind="first_order", **settings)
-    own = {"quadralib": "c", "t4": "b"}[kind]
+    own = {"quadralib": "c", "t4": "b", "fan": "a", "qres": "a"}.get(kind, "c")
 
     @once
     def both():
@@ -153,7 +162,8 @@ def test_relinear_starts_exactly_as_the_first_order_twin(layer, kind, norm, bias
     y, expected, grads = both()
     np.testing.assert_array_equal(y, expected)
     assert np.std(y) > 0.1
-    switched_off = grads["norm_a"]["scale"] if norm else grads["kernel_a"]
+    off = {"fan": "b", "qres": "b", "reduced": "s"}.get(kind, "a")
+    switched_off = grads[f"norm_{off}"]["scale"] if norm else grads[f"kernel_{off}"]
     assert np.abs(switched_off).max() > 1e-3
 
 
@@ -185,7 +195,8 @@ def test_relinear_kernels_have_the_scale_of_the_twin():
         (QuadraticDense(2, initialization="xavier"), "initialization must be 'kaiming' or 'relinear', got 'xavier'"),
         (QuadraticDense(2, kind="cubic"), "unknown kind 'cubic'; known: first_order"),
         (QuadraticDense(2, branch_norm="instance"), "norm must be None or one of 'batch', .*got 'instance'"),
-        (QuadraticDense(2, branch_act="tanh"), "branch_act must be None or 'relu', got 'tanh'"),
+        (QuadraticDense(2, branch_act="step"), "act must be None or one of 'relu', .*, got 'step'"),
+        (QuadraticDense(2, save="b"), "save must be one of 'all', 'ab', 'x', got 'b'"),
         (QuadraticConv(6, feature_group_count=4), "feature_group_count=4 must divide the 4 input channels and the 6"),
         (QuadraticConv(6, feature_group_count=0), "feature_group_count=0 must divide"),
     ],

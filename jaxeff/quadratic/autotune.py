@@ -1,0 +1,82 @@
+"""Which form of a layer is faster on this machine: measured once, remembered in a file.
+
+The forms are one product with each projection's kernel ("separate") and one with all kernels side by side ("stacked").
+Nothing is ever measured behind the user's back: `jaxeff.quadratic.tune` measures, and layers with `impl="auto"` look up
+what it found.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+
+def table_path() -> pathlib.Path:
+    """The file: $JAXEFF_CACHE_DIR, or jaxeff in the user's cache folder, and in it autotune.json."""
+    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "jaxeff"
+    return pathlib.Path(os.environ.get("JAXEFF_CACHE_DIR", default)) / "autotune.json"
+
+
+def signature(x: Any, kernels: Sequence[Any], window: Any) -> str:
+    """Names a layer by everything its speed depends on: device, jax, shapes, dtypes, window."""
+    shapes = "+".join(f"{k.dtype.name}{list(k.shape)}" for k in kernels)
+    device = jax.devices()[0].device_kind
+    return f"{device}|{os.cpu_count()}|jax {jax.__version__}|{x.dtype.name}{list(x.shape)}|{shapes}|{tuple(window)[:4]}"
+
+
+def lookup(name: str) -> str | None:
+    """The form that was fastest for this signature, or None where nobody measured."""
+    return _table(table_path(), _changed(table_path())).get(name)
+
+
+def remember(found: dict[str, str]) -> None:
+    """Adds entries to the table; the file is at every moment whole."""
+    path = table_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({**_table(path, _changed(path)), **found}, indent=1, sort_keys=True))
+    temporary.replace(path)
+
+
+def fastest(forms: dict[str, Callable[..., Any]], arguments: Iterable[Any], rounds: int = 5) -> str:
+    """Name of the form with the lowest median time, compiled, taking turns.
+
+    Args:
+      forms: functions of the arguments.
+      arguments: pytrees of arrays or shapes; random numbers of these shapes are used.
+      rounds: how often each of them runs.
+    """
+    key = jax.random.key(0)
+    leaves, tree = jax.tree.flatten(tuple(arguments))
+    filled = [jax.random.normal(jax.random.fold_in(key, i), a.shape, a.dtype) for i, a in enumerate(leaves)]
+    values = jax.tree.unflatten(tree, filled)
+    compiled = {name: jax.jit(form).lower(*values).compile() for name, form in forms.items()}
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for turn in range(rounds + 1):
+        for name, run in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(*values))
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return min(times, key=lambda name: statistics.median(times[name]))
+
+
+@functools.lru_cache(maxsize=4)
+def _table(path: pathlib.Path, changed: float) -> dict[str, str]:
+    try:
+        return json.loads(path.read_text()) if changed else {}
+    except ValueError:
+        return {}  # a damaged cache is an empty one
+
+
+def _changed(path: pathlib.Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,190 @@
+"""The linear maps of a layer of neurons: their kernels, and how all of them are computed."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxeff.quadratic import autotune
+from jaxeff.quadratic.kinds import Kind, Projection, weights_of
+
+Impl = Literal["separate", "stacked", "auto"]
+IMPLS: tuple[str, ...] = ("separate", "stacked", "auto")
+# 64 MiB of float32: the weights of a full quadratic form grow with the square of the patch.
+MAX_PAIR_WEIGHTS = 2**24
+PAIRS = ("pairs", "symmetric_pairs")
+
+Project = Callable[[Mapping[str, Any], jax.Array], tuple[jax.Array, ...]]
+
+
+class Window(NamedTuple):
+    """The window of a 2D convolution.
+
+    Attributes:
+      strides: (vertical, horizontal).
+      padding: "SAME", "VALID" or two (low, high) pairs.
+      dilation: kernel dilations.
+      groups: channel groups.
+      kernel_size: (height, width); None reads it off a kernel, which those of pairs do not show.
+    """
+
+    strides: tuple[int, ...] = (1, 1)
+    padding: Any = "SAME"
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+    kernel_size: tuple[int, ...] | None = None
+
+
+def kernel_shape(projection: Projection, receptive: Sequence[int], neurons: int) -> tuple[int, ...]:
+    """Shape of a projection's kernel for neurons that see `receptive` inputs: (I,) or (kh, kw, I / groups).
+
+    Raises:
+      ValueError: for a quadratic form over so many pairs of inputs that its weights are too many.
+    """
+    if projection.of not in PAIRS:
+        return (*receptive, neurons * projection.rank)
+    inputs = math.prod(receptive)
+    pairs = weights_of(projection.of, inputs)
+    if pairs * neurons > MAX_PAIR_WEIGHTS:
+        raise ValueError(
+            f"a full quadratic form over {inputs} inputs has {pairs:,} weights in each of {neurons} neurons, "
+            f"{pairs * neurons:,} in all, above the limit of {MAX_PAIR_WEIGHTS:,}; kind 't1_low_rank(rank=2)' has "
+            f"{4 * inputs * neurons:,}"
+        )
+    return (pairs, neurons * projection.rank)
+
+
+def check_params(kind: Kind, params: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming them, if parameters of a kind are missing or there are others.
+
+    Parameters of norms, called norm_<projection> and norm_out, are left to those who read them.
+    """
+    needed = {f"kernel_{p.name}" for p in kind.projections if p.kernel is None}
+    needed |= {extra.name for extra in kind.extras if not extra.bias}
+    allowed = needed | {f"bias_{p.name}" for p in kind.projections if p.bias}
+    allowed |= {extra.name for extra in kind.extras}
+    given = {name for name in params if not name.startswith("norm_")}
+    if not needed <= given <= allowed:
+        raise ValueError(
+            f"kind {kind.name!r} ({kind.formula}) takes {sorted(needed)} and optional biases; "
+            f"missing {sorted(needed - given)}, unexpected {sorted(given - allowed)}"
+        )
+
+
+def dense(kind: Kind, precision: Any, impl: Impl) -> Project:
+    """The projections of a dense layer, as a function (params, x [..., I]) -> arrays [..., M * r], without biases."""
+
+    def linear(z, kernel):
+        return lax.dot_general(z, kernel, (((z.ndim - 1,), (0,)), ((), ())), precision=precision)
+
+    return _project(kind, linear, lambda x, params: x[..., None, :], impl, Window(), precision)
+
+
+def conv(kind: Kind, window: Window, precision: Any, impl: Impl, convolution: Callable[..., jax.Array]) -> Project:
+    """The projections of a convolution, as a function (params, x [N, H, W, I]) -> arrays [N, H', W', M * r].
+
+    Raises:
+      ValueError: (the function) where the size of the window is neither given nor to be seen.
+    """
+
+    def linear(z, kernel):
+        return convolution(
+            z,
+            kernel,
+            window.strides,
+            window.padding,
+            rhs_dilation=window.dilation,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=window.groups,
+            precision=precision,
+        )
+
+    return _project(
+        kind, linear, lambda x, params: _patches(x, _kernel_size(window, kind, params), window), impl, window, precision
+    )
+
+
+def _project(kind, linear, patches, impl, window, precision) -> Project:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+
+    def project(params, x):
+        of_x = [p.name for p in kind.projections if p.of == "x" and p.kernel is None]
+        values = {}
+        if len(of_x) > 1 and _stacks(impl, x, [params[f"kernel_{name}"] for name in of_x], window):
+            values = _stacked(linear, x, {name: params[f"kernel_{name}"] for name in of_x}, window.groups)
+        for p in kind.projections:
+            kernel = params[f"kernel_{p.kernel or p.name}"]
+            if p.of in PAIRS:
+                values[p.name] = _of_pairs(patches(x, params), kernel, p.of, precision)
+            elif p.name not in values:
+                values[p.name] = linear(x * x if p.of == "square" else x, kernel)
+        return tuple(values[p.name] for p in kind.projections)
+
+    return project
+
+
+def _stacks(impl: Impl, x, kernels, window: Window) -> bool:
+    """Whether one product with all kernels side by side is to be preferred to a product with each."""
+    if impl != "auto":
+        return impl == "stacked"
+    measured = autotune.lookup(autotune.signature(x, kernels, window))
+    # On CPU stacking and splitting are real copies; an accelerator reads the input once instead of three times.
+    return measured == "stacked" if measured is not None else jax.default_backend() != "cpu"
+
+
+def _stacked(linear, x, kernels, groups: int) -> dict[str, jax.Array]:
+    """All projections at once; within each channel group their outputs lie side by side."""
+    widths = [kernel.shape[-1] // groups for kernel in kernels.values()]
+    parts = [k.reshape(*k.shape[:-1], groups, w) for k, w in zip(kernels.values(), widths, strict=True)]
+    wide = jnp.concatenate(parts, -1)
+    z = linear(x, wide.reshape(*wide.shape[:-2], -1))
+    z = z.reshape(*z.shape[:-1], groups, sum(widths))
+    bounds = [sum(widths[:i]) for i in range(1, len(widths))]
+    pieces = jnp.split(z, bounds, axis=-1)
+    return {name: piece.reshape(*piece.shape[:-2], -1) for name, piece in zip(kernels, pieces, strict=True)}
+
+
+def _of_pairs(patches, kernel, of, precision):
+    """Quadratic forms of patches [..., G, n] with kernel [pairs, M]: [..., M]."""
+    groups, inputs = patches.shape[-2:]
+    by_group = kernel.reshape(kernel.shape[0], groups, -1)
+    if of == "pairs":
+        matrix = by_group.reshape(inputs, inputs, groups, -1)
+        half = jnp.einsum("...gi,ijgo->...gjo", patches, matrix, precision=precision)
+        z = jnp.einsum("...gjo,...gj->...go", half, patches, precision=precision)
+    else:
+        i, j = jnp.triu_indices(inputs)
+        z = jnp.einsum("...gp,pgo->...go", patches[..., i] * patches[..., j], by_group, precision=precision)
+    return z.reshape(*z.shape[:-2], -1)
+
+
+def _patches(x, size: Sequence[int], window: Window):
+    """im2col: [N, H', W', G, kh * kw * I / G], within a group in the order of a kernel's leading axes."""
+    reach = [(k - 1) * d + 1 for k, d in zip(size, window.dilation, strict=True)]
+    pads = window.padding
+    if isinstance(pads, str):
+        pads = lax.padtype_to_pads(x.shape[1:3], reach, window.strides, pads)
+    x = jnp.pad(x, ((0, 0), *(tuple(pair) for pair in pads), (0, 0)))
+    ends = [(x.shape[1 + a] - reach[a]) // window.strides[a] * window.strides[a] + 1 for a in range(2)]
+    taps = []
+    for row, col in product(range(size[0]), range(size[1])):
+        top, left = row * window.dilation[0], col * window.dilation[1]
+        stop = (x.shape[0], top + ends[0], left + ends[1], x.shape[3])
+        taps.append(lax.slice(x, (0, top, left, 0), stop, (1, *window.strides, 1)))
+    stacked = jnp.stack(taps, -2)  # [N, H', W', taps, I]
+    split = stacked.reshape(*stacked.shape[:-1], window.groups, -1)
+    return jnp.swapaxes(split, -2, -3).reshape(*stacked.shape[:3], window.groups, -1)
+
+
+def _kernel_size(window: Window, kind: Kind, params: Mapping[str, Any]) -> Sequence[int]:
+    if window.kernel_size is not None:
+        return window.kernel_size
+    for p in kind.projections:
+        if p.of not in PAIRS and p.kernel is None:
+            return params[f"kernel_{p.name}"].shape[:2]
+    raise ValueError(f"kind {kind.name!r} has kernels of pairs only, which do not show their window: give kernel_size")
