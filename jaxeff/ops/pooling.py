@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(x: jax.Array, window: tuple[int, int] = (2, 2)) -> jax.Array:
     """Maximum over disjoint windows; rows and columns that do not fill a window are dropped (VALID).
 
@@ -30,30 +29,34 @@ def max_pool(x: jax.Array, window: tuple[int, int] = (2, 2)) -> jax.Array:
       ValueError: if x is not of rank 4 or smaller than one window, or the window is not two positive sizes.
     """
     _check(x, window)
-    views = _views(x, window)
-    y = views[0]
-    for view in views[1:]:
+    return _max_pool(tuple(window), x.shape, x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _max_pool(window, shape, x):
+    y, *views = _views(x, window)
+    for view in views:
         y = jnp.maximum(y, view)
     return y
 
 
-def _max_pool_fwd(x, window):
-    y = max_pool(x, window)
-    return y, (x, y)
+def _max_pool_fwd(window, shape, x):
+    y = _max_pool(window, shape, x)
+    views = _views(x, window)
+    # Where the maximum was, one byte for a whole window: the input need not be kept for the backward pass.
+    dtype = jnp.uint8 if len(views) <= 256 else jnp.int32
+    index = jnp.full(y.shape, len(views) - 1, dtype)
+    for position in range(len(views) - 2, -1, -1):
+        index = jnp.where(views[position] == y, jnp.asarray(position, dtype), index)
+    return y, index
 
 
-def _max_pool_bwd(window, residuals, g):
-    x, y = residuals
-    taken = jnp.zeros(y.shape, bool)
-    parts = []
-    for view in _views(x, window):
-        hit = (view == y) & ~taken
-        parts.append(jnp.where(hit, g, 0).astype(x.dtype))
-        taken = taken | hit
-    return (_interleave(parts, x.shape, window),)
+def _max_pool_bwd(window, shape, index, g):
+    parts = [jnp.where(index == position, g, 0) for position in range(window[0] * window[1])]
+    return (_interleave(parts, shape, window),)
 
 
-max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
+_max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
 def avg_pool(x: jax.Array, window: tuple[int, int] = (2, 2)) -> jax.Array:

@@ -196,9 +196,8 @@ def _backward(form, piece_bytes, params, x, used, zs, g):
     size = _piece_size(form, params, x, g, piece_bytes)
     varying = compat.varying_axes(x)
 
-    def over_pieces(run, like, *arrays):
-        start = compat.vary(jax.tree.map(lambda a: jnp.zeros(a.shape, _wide(a)), like), varying)
-        return _over_pieces(run, start, arrays, size)
+    def zeros(like):
+        return compat.vary(jax.tree.map(lambda a: jnp.zeros(a.shape, _wide(a)), like), varying)
 
     def of_y(y, g, by_statistics):
         (dy,) = jax.vjp(lambda y: _finished(form, small, y, out, x.dtype), y)[1](g)
@@ -212,19 +211,17 @@ def _backward(form, piece_bytes, params, x, used, zs, g):
             zs, g = piece
             y = _combined(form, small, zs, branch)
             _, pullback = jax.vjp(lambda out: _finished(form, small, y, out, x.dtype), out)
-            return _add(total, pullback(g)[0]), ()
+            return _add(total, pullback(g)[0])
 
-        by_out, _ = over_pieces(first, out, zs, g)
-        by_out = _per_position(by_out, positions, form.axis_name)
+        by_out = _per_position(_over_pieces(first, zeros(out), (zs, g), size), positions, form.axis_name)
     if branch is not None:
 
         def second(total, piece):
             zs, g = piece
             y, pullback = jax.vjp(lambda branch: _combined(form, small, zs, branch), branch)
-            return _add(total, pullback(of_y(y, g, by_out))[0]), ()
+            return _add(total, pullback(of_y(y, g, by_out))[0])
 
-        by_branch, _ = over_pieces(second, branch, zs, g)
-        by_branch = _per_position(by_branch, positions, form.axis_name)
+        by_branch = _per_position(_over_pieces(second, zeros(branch), (zs, g), size), positions, form.axis_name)
 
     def third(total, piece):
         x, zs, g = piece
@@ -243,7 +240,7 @@ def _backward(form, piece_bytes, params, x, used, zs, g):
         by_kernels, dx = pull_project(dzs)
         return _add(total, {**_add(by_small, more), **by_kernels}), dx
 
-    grads, dx = over_pieces(third, {**small, **kernels}, x, zs, g)
+    grads, dx = _replaced_by_pieces(third, zeros({**small, **kernels}), x, (zs, g), size)
     for p in form.kind.projections:
         # A bias also moves the mean that its batch norm takes away again.
         if branch is not None and f"bias_{p.name}" in grads:
@@ -280,18 +277,44 @@ def _piece_size(form, params, x, g, piece_bytes: int) -> int:
 
 
 def _over_pieces(run, total, arrays, size: int):
-    """Runs (total, piece) -> (total, outputs) over pieces of that many examples, in a loop, and the rest at the end."""
+    """Adds up (total, piece) -> total over pieces of that many examples, in a loop, and the rest at the end.
+
+    Pieces are cut from the arrays as they are: an array reshaped for `lax.scan` would be a second copy of it, which XLA
+    makes in the forward pass already, where the array is.
+    """
     length = jax.tree.leaves(arrays)[0].shape[0]
-    whole = length // size
-    if whole <= 1 and size >= length:
+
+    def step(total, start, count):
+        return run(total, _cut(arrays, start, count))
+
+    if length <= size:
         return run(total, arrays)
-    stacked = jax.tree.map(lambda a: a[: whole * size].reshape(whole, size, *a.shape[1:]), arrays)
-    total, outputs = lax.scan(run, total, stacked)
-    outputs = jax.tree.map(lambda a: a.reshape(whole * size, *a.shape[2:]), outputs)
-    if length % size:
-        total, last = run(total, jax.tree.map(lambda a: a[whole * size :], arrays))
-        outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), outputs, last)
-    return total, outputs
+    whole = length // size
+    total, _ = lax.scan(lambda total, start: (step(total, start, size), None), total, size * jnp.arange(whole))
+    return step(total, whole * size, length % size) if length % size else total
+
+
+def _replaced_by_pieces(run, total, x, arrays, size: int):
+    """As `_over_pieces` of (total, (x, arrays)) -> (total, new x); piece by piece x gives way to the new one.
+
+    So the gradient of the input needs no memory of its own.
+    """
+    length = x.shape[0]
+
+    def step(carry, start, count):
+        total, x = carry
+        total, new = run(total, (_cut(x, start, count), *_cut(arrays, start, count)))
+        return total, lax.dynamic_update_slice_in_dim(x, new, start, 0)
+
+    if length <= size:
+        return run(total, (x, *arrays))
+    whole = length // size
+    carry, _ = lax.scan(lambda carry, start: (step(carry, start, size), None), (total, x), size * jnp.arange(whole))
+    return step(carry, whole * size, length % size) if length % size else carry
+
+
+def _cut(tree, start, count: int):
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, count, 0), tree)
 
 
 def _add(total, more):
