@@ -98,6 +98,22 @@ class Flatten:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reshape:
+    """[N, F] to [N, *shape], or any other change of shape that keeps the number of values."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Upsample:
+    """Nearest-neighbour upsampling: every pixel becomes a block of `factor` = (vertical, horizontal) pixels."""
+
+    name: str
+    factor: tuple[int, int] = (2, 2)
+
+
+@dataclasses.dataclass(frozen=True)
 class Dropout:
     """Sets a fraction `rate` of the activations to zero while training."""
 
@@ -123,7 +139,7 @@ class Residual:
     act: str | None = "relu"
 
 
-Layer = Conv | Dense | Pool | GlobalPool | Flatten | Dropout | Residual
+Layer = Conv | Dense | Pool | GlobalPool | Flatten | Reshape | Upsample | Dropout | Residual
 Select = str | Callable[[str, Any], bool] | None
 
 
@@ -323,7 +339,7 @@ def _infer(layers, shape, prefix, table, owner) -> tuple[int, ...]:
 
 def _output_shape(layer, shape, path, table, owner) -> tuple[int, ...]:
     where = f"layer {path!r} of {owner!r}"
-    if isinstance(layer, Conv | Pool | GlobalPool) and len(shape) != 3:
+    if isinstance(layer, Conv | Pool | GlobalPool | Upsample) and len(shape) != 3:
         raise ValueError(f"{where} needs an input (H, W, C), got {shape}")
     if isinstance(layer, Conv | Dense) and layer.features < 1:
         raise ValueError(f"{where} has features={layer.features}; it must be at least 1")
@@ -352,6 +368,17 @@ def _output_shape(layer, shape, path, table, owner) -> tuple[int, ...]:
         return (shape[-1],)
     if isinstance(layer, Flatten):
         return (math.prod(shape),)
+    if isinstance(layer, Reshape):
+        if min(layer.shape, default=1) < 1 or math.prod(layer.shape) != math.prod(shape):
+            raise ValueError(
+                f"{where}: shape={layer.shape} holds {math.prod(layer.shape)} values, but its input {shape} has "
+                f"{math.prod(shape)}"
+            )
+        return tuple(layer.shape)
+    if isinstance(layer, Upsample):
+        if len(layer.factor) != 2 or min(layer.factor) < 1:
+            raise ValueError(f"{where}: factor must be two whole numbers >= 1, got {layer.factor}")
+        return (shape[0] * layer.factor[0], shape[1] * layer.factor[1], shape[2])
     if isinstance(layer, Dense):
         if len(shape) != 1:
             raise ValueError(f"{where} needs a flat input, got {shape}; put a GlobalPool or Flatten before it")
@@ -437,6 +464,8 @@ def _following_depthwise(architecture, layers) -> Architecture:
                     per_channel = old[path].output[-1] // old[path].input[-1]
                     layer = dataclasses.replace(layer, features=channels * per_channel)
                 channels = layer.features
+            elif isinstance(layer, Reshape):
+                channels = layer.shape[-1]
             result.append(layer)
         return tuple(result), channels
 

@@ -4,6 +4,7 @@ from jaxeff.models.cnn import cnn, mlp
 from jaxeff.models.mobilenet import mobilenet
 from jaxeff.models.network import Network, first_order_conv, first_order_dense
 from jaxeff.models.resnet import resnet
+from jaxeff.models.sngan import sngan_discriminator, sngan_generator
 from jaxeff.models.vgg import vgg, vgg9
 from jaxeff.models.zoo import ZOO, architecture
 
@@ -17,6 +18,8 @@ __all__ = [
     "mlp",
     "mobilenet",
     "resnet",
+    "sngan_discriminator",
+    "sngan_generator",
     "vgg",
     "vgg9",
 ]

@@ -1,5 +1,6 @@
 """Training: one loop for every method, optimisers from config, checkpoints with exact resume, metrics, reports."""
 
+from jaxeff.training.adversarial import AdversarialState, Player, adversarial, generated, signed_range
 from jaxeff.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -9,6 +10,7 @@ from jaxeff.training.checkpoint import (
     SaveFailed,
 )
 from jaxeff.training.finite import NonFiniteLoss
+from jaxeff.training.frechet import FeatureMoments, feature_moments, features, frechet_distance
 from jaxeff.training.interrupt import Interrupted
 from jaxeff.training.linen import ModelFunctions, from_linen
 from jaxeff.training.loop import FitResult, fit
@@ -22,15 +24,18 @@ from jaxeff.training.report import (
     learning_curves,
     write_summary,
 )
+from jaxeff.training.spectral import spectral_normalise, spectral_vectors
 from jaxeff.training.state import TrainState
 from jaxeff.training.step import Method, classification, unit_range
 from jaxeff.training.workdir import ForeignWorkdir, prepare_workdir
 
 __all__ = [
+    "AdversarialState",
     "CheckpointError",
     "Checkpoints",
     "CorruptCheckpoint",
     "EvaluationSums",
+    "FeatureMoments",
     "FitResult",
     "ForeignCheckpoint",
     "ForeignWorkdir",
@@ -41,17 +46,23 @@ __all__ = [
     "NoCheckpoint",
     "NonFiniteLoss",
     "OPTIMIZERS",
+    "Player",
     "Progress",
     "SCHEDULES",
     "SaveFailed",
     "TrainState",
+    "adversarial",
     "classification",
     "comparison_figure",
     "comparison_markdown",
     "comparison_table",
     "decays",
+    "feature_moments",
+    "features",
     "fit",
+    "frechet_distance",
     "from_linen",
+    "generated",
     "learning_curves",
     "mean_of",
     "optimizer",
@@ -60,6 +71,9 @@ __all__ = [
     "read_metrics",
     "schedule",
     "schedule_from",
+    "signed_range",
+    "spectral_normalise",
+    "spectral_vectors",
     "unit_range",
     "write_summary",
 ]

@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 # Okabe and Ito's palette for every kind of colour vision, without its yellow, which is too light for a line on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -96,6 +98,41 @@ def draw_comparison(
     return _save(figure, path)
 
 
+def draw_sheets(
+    sheets: Mapping[str, np.ndarray], columns: int, path: pathlib.Path, captions: Mapping[str, str] | None = None
+) -> pathlib.Path:
+    """Draws sets of images as sheets next to each other and saves the figure.
+
+    Args:
+      sheets: images uint8 [N, H, W, C] with C of 1 or 3, by the title of their sheet; all of one shape. N fills whole
+        rows.
+      columns: images per row.
+      path: the PNG to write.
+      captions: a line below a sheet, by its title.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: if the images of a sheet do not fill its rows.
+    """
+    for title, images in sheets.items():
+        if not len(images) or len(images) % columns:
+            raise ValueError(f"sheets[{title!r}]: {len(images)} images do not fill rows of columns={columns}")
+    pictures = {title: _tiled(images, columns) for title, images in sheets.items()}
+    height, width = next(iter(pictures.values())).shape[:2]
+    figure = _figure(width=4.0 * len(pictures) + 0.3, height=4.0 * height / width + 0.75)
+    axes = figure.subplots(1, len(pictures), squeeze=False)[0]
+    for ax, (title, picture) in zip(axes, pictures.items(), strict=True):
+        # Whole pixels of the image are many pixels of the figure, so nothing is blurred.
+        ax.imshow(picture, interpolation="nearest", interpolation_stage="rgba")
+        ax.set_title(title, loc="left", fontsize=10.5, color=_INK, pad=8)
+        ax.set_axis_off()
+        if captions and title in captions:
+            ax.text(0, -0.02, captions[title], transform=ax.transAxes, va="top", fontsize=9, color=_SOFT)
+    return _save(figure, path)
+
+
 # ---- Parts of a figure ----------------------------------------------------------------------------------------------
 
 
@@ -118,6 +155,15 @@ def _save(figure: Any, path: pathlib.Path) -> pathlib.Path:
     figure.savefig(temporary, format="png", dpi=_DPI)
     temporary.replace(path)
     return path
+
+
+def _tiled(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images [N, H, W, C] as one picture [rows, columns, 3] with white lines between them."""
+    rows, (height, width) = len(images) // columns, images.shape[1:3]
+    framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    grid = framed.reshape(rows, columns, *framed.shape[1:]).swapaxes(1, 2)
+    picture = grid.reshape(rows * (height + 2), columns * (width + 2), -1)
+    return np.broadcast_to(picture, (*picture.shape[:2], 3))
 
 
 def _dress(ax: Any, title: str | None) -> None:

@@ -13,8 +13,10 @@ from jaxeff.spec import (
     Flatten,
     GlobalPool,
     Pool,
+    Reshape,
     Residual,
     Shape,
+    Upsample,
     edit,
     gate,
     group,
@@ -101,6 +103,16 @@ def test_shapes_of_every_layer():
     assert table["head"] == Shape((5,), (10,))
 
 
+def test_shapes_of_a_generator():
+    layers = (Dense("d", 48), Reshape("map", (4, 3, 4)), Upsample("up", (2, 3)), Conv("c", 8, groups=DEPTHWISE))
+    net = Architecture("net", (5,), layers)
+    assert [shape.output for shape in shapes(net).values()] == [(48,), (4, 3, 4), (8, 9, 4), (8, 9, 8)]
+    with pytest.raises(ValueError, match=r"layer 'u' .*needs an input \(H, W, C\), got \(5,\)"):
+        Architecture("net", (5,), (Upsample("u"),))
+    # The depthwise layer gets its channels from the new shape, not from the latent vector.
+    assert shrink(net, {"d": 48}).layers[-1].features == 8
+
+
 @pytest.mark.parametrize(
     ("conv", "expected"),
     [
@@ -132,6 +144,9 @@ def test_shape_of_a_convolution(conv, expected):
         (Pool("p", (0, 2)), "layer 'p' .*window must be two sizes >= 1"),
         (Pool("p", reduce="sum"), "layer 'p' .*reduce must be 'max' or 'avg', got 'sum'"),
         (Dense("d", 3), "layer 'd' .*needs a flat input, got .*GlobalPool or Flatten"),
+        (Reshape("r", (3, 5)), r"layer 'r' .*shape=\(3, 5\) holds 15 values, but its input \(8, 8, 4\) has 256"),
+        (Reshape("r", (-1, 4)), r"layer 'r' .*shape=\(-1, 4\)"),
+        (Upsample("u", (2, 0)), r"layer 'u' .*factor must be two whole numbers >= 1, got \(2, 0\)"),
         (Dropout("d", 1.0), r"layer 'd' .*rate must be in \[0, 1\), got 1.0"),
         (
             residual(features=8),
