@@ -8,40 +8,28 @@ and figures/ to the work directory, and for the classifier and every network a f
 checkpoints/. Started again with the same work directory it goes on where it stopped.
 """
 
-import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
-from configs.generation import base
-from jaxeff import data, models, quadratic, spec, training
+from jaxeff import data, training
 from jaxeff.training import figure
-from jaxeff.training.workdir import CHECKPOINTS, FIGURES, plain_config
-from launch import classifier, job
+from jaxeff.training.workdir import FIGURES, plain_config
+from launch import classifier, gan, job
 
-CLASSIFIER = "classifier"
-DISTANCE = "eval/frechet"
 PANELS = (
-    (DISTANCE, "Fréchet distance"),
+    (gan.DISTANCE, "Fréchet distance"),
     ("train/loss", "discriminator loss"),
     ("train/generator_loss", "generator loss"),
 )
 
 
-class Gan(NamedTuple):
-    """The networks of one entry of a config, and the method that trains them."""
-
-    generator: models.Network
-    discriminator: models.Network
-    method: training.Method
-
-
 def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> dict[str, Any]:
     """Trains and compares the networks of a config; returns what it writes to summary.json."""
     # ---- data, networks and methods: everything that can be wrong is found before anything is written ----------------
-    check_config(config)
+    gan.check_config(config)
     train = data.load(config["dataset"], config["train_split"])
     test = data.load(config["dataset"], config["test_split"])
     classifier.check_task(train)
@@ -49,13 +37,13 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     for name, images, needed in (("samples", train, config["samples"]), ("sheet", test, rows * columns)):
         if needed > len(images):
             raise ValueError(f"{name} asks for {needed} images, but {images.name!r} has {len(images)} in this split")
-    source = data.Batches(train.arrays, images_per_step(config), seed=config["seed"])
-    gans = {name: gan(section, config, train) for name, section in config["networks"].items()}
+    source = data.Batches(train.arrays, gan.images_per_step(config), seed=config["seed"])
+    gans = {name: gan.build(section, config, train) for name, section in config["networks"].items()}
     judge = classifier.network(config["classifier"]["network"], train)
-    directory, _ = training.prepare_workdir(workdir, plain_config(config), overwrite, [CLASSIFIER, *gans])
+    directory, _ = training.prepare_workdir(workdir, plain_config(config), overwrite, [gan.CLASSIFIER, *gans])
 
     # ---- the classifier and its features -----------------------------------------------------------------------------
-    features, accuracy = feature_extractor(judge, config, train, test, directory / CLASSIFIER)
+    features, accuracy = gan.feature_extractor(judge, config, train, test, directory / gan.CLASSIFIER)
     real = training.feature_moments(features(test.arrays["image"]))
     some = np.sort(np.random.default_rng(config["seed"]).permutation(len(train))[: config["samples"]])
     floor = training.frechet_distance(training.feature_moments(features(train.arrays["image"][some])), real)
@@ -67,22 +55,23 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         print(
             f"{name}: {config['steps']} steps of {config['batch_size']} on {len(train)} images of {config['dataset']}"
         )
-        draw = sampler(generator)
+        draw = gan.sampler(generator)
 
         def distance(state: training.AdversarialState, draw=draw) -> float:
             return training.frechet_distance(training.feature_moments(features(draw(state, latents))), real)
 
-        state, history = fit(method, source, config, name, directory / name, distance)
+        state, history = gan.fit(method, source, config, name, directory / name, distance)
         title = name.replace("_", " ")
         histories[title], sheets[title] = history, draw(state, latents[: rows * columns])
         table.append(
             {
                 "name": title,
-                "frechet": [row[DISTANCE] for row in history if DISTANCE in row][-1],
-                **sizes("generator", generator),
-                **sizes("discriminator", discriminator),
+                "frechet": [row[gan.DISTANCE] for row in history if gan.DISTANCE in row][-1],
+                **gan.sizes("generator", generator),
+                **gan.sizes("discriminator", discriminator),
                 "train_seconds": job.seconds(
-                    [training.FitResult(state, config["steps"], history, {})], config["steps"] * images_per_step(config)
+                    [training.FitResult(state, config["steps"], history, {})],
+                    config["steps"] * gan.images_per_step(config),
                 ),
             }
         )
@@ -105,169 +94,9 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     figure.draw_curves(curves, PANELS, figures / "curves.png")
     figure.draw_sheets(sheets, columns, figures / "samples.png", captions)
     training.write_summary(directory, summary)
-    job.show(comparison(table, floor, title=f"{train.name}, {config['steps']} steps"))
+    job.show(gan.comparison(table, floor, title=f"{train.name}, {config['steps']} steps"))
     print(f"figures: {figures / 'samples.png'}, {figures / 'curves.png'}")
     return summary
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Finds what is wrong with a config before a run writes anything.
-
-    Raises:
-      ValueError: for unknown or missing fields, listing the valid ones, counts out of range, or no networks.
-    """
-    valid = base("fashion_mnist")
-    for what, section, known in (("config", config, valid), (CLASSIFIER, config[CLASSIFIER], valid[CLASSIFIER])):
-        classifier.check_fields(what, section, tuple(known))
-        if missing := sorted(set(known) - set(section)):
-            raise ValueError(f"{what}: missing field {', '.join(missing)}; start from configs.generation.base")
-    for name in ("batch_size", "steps", "evaluations", "log_every", "discriminator_steps"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {config[name]}")
-    if config["evaluations"] > config["steps"]:
-        raise ValueError(f"evaluations={config['evaluations']} is more than steps={config['steps']}; take fewer")
-    if config["samples"] < 2:
-        raise ValueError(f"samples must be at least 2, for a covariance, got {config['samples']}")
-    if len(config["sheet"]) != 2 or min(config["sheet"]) < 1:
-        raise ValueError(f"sheet must be (rows, columns) of at least 1, got {tuple(config['sheet'])}")
-    if not len(config["networks"]) or CLASSIFIER in config["networks"]:
-        raise ValueError(f"networks: expected at least one, none of them called {CLASSIFIER!r}")
-
-
-def gan(section: Mapping[str, Any], config: Mapping[str, Any], dataset: data.Dataset) -> Gan:
-    """Builds generator, discriminator and method of {"generator": widths, "discriminator": widths, "kind": name}.
-
-    Quadratic generators have a batch norm on every projection; no discriminator has norms.
-
-    Raises:
-      ValueError: for an unknown field or kind, or widths that do not fit the images.
-    """
-    classifier.check_fields("network", section, ("generator", "discriminator", "kind"))
-    shape = dataset.arrays["image"].shape[1:]
-    generator = models.sngan_generator(section["generator"], latent=config["latent"], output_shape=shape)
-    discriminator = models.sngan_discriminator(section["discriminator"], input_shape=shape)
-    quadratic.get(section["kind"])
-    if section["kind"] != "first_order":
-        generator = spec.quadratize(generator, section["kind"], branch_norm="batch")
-        discriminator = spec.quadratize(discriminator, section["kind"])
-    made, judging = (
-        models.Network(net, conv=quadratic.conv_layer, dense=quadratic.dense_layer)
-        for net in (generator, discriminator)
-    )
-    method = training.adversarial(
-        training.from_linen(made),
-        training.from_linen(judging),
-        training.optimizer_from(config["generator_optimizer"], config["steps"]),
-        training.optimizer_from(config["discriminator_optimizer"], config["steps"] * config["discriminator_steps"]),
-        latent=config["latent"],
-        discriminator_steps=config["discriminator_steps"],
-        ema_decay=config["ema_decay"],
-    )
-    return Gan(made, judging, method)
-
-
-def feature_extractor(
-    network: models.Network, config: Mapping[str, Any], train: data.Dataset, test: data.Dataset, folder: pathlib.Path
-) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
-    """Trains the classifier, or finds it trained; returns uint8 images -> features and its test accuracy."""
-    section = config[CLASSIFIER]
-    source = data.Batches(train.arrays, section["batch_size"], seed=config["seed"])
-    steps = section["epochs"] * source.steps_per_epoch
-    print(f"{CLASSIFIER}: {steps} steps of {section['batch_size']} on {len(train)} images of {config['dataset']}")
-    result = training.fit(
-        classifier.method(network, section, train, steps),
-        lambda start: data.prefetch(source.starting_at(start)),
-        steps=steps,
-        key=jax.random.key(config["seed"]),
-        workdir=folder,
-        evaluate_on=lambda: data.padded_batches(test.arrays, 250),
-        log_every=config["log_every"],
-        keep=1,
-        config={**plain_config(section), "seed": config["seed"]},
-    )
-    mean, deviation = data.channel_statistics(train.arrays["image"])
-    variables = {"params": result.state.evaluation_params, **result.state.model_state}
-
-    def features(images: np.ndarray) -> np.ndarray:
-        return training.features(
-            network, variables, images, preprocess=lambda images: data.standardise(images, mean, deviation)
-        )
-
-    return features, result.evaluation["accuracy"]
-
-
-def fit(
-    method: training.Method,
-    source: data.Batches,
-    config: Mapping[str, Any],
-    name: str,
-    folder: pathlib.Path,
-    distance: Callable[[training.AdversarialState], float],
-) -> tuple[training.AdversarialState, list[dict[str, Any]]]:
-    """Trains in `evaluations` parts with a Frechet distance after each; returns the last state and all metrics."""
-    parts = config["evaluations"]
-    with training.Checkpoints(folder / CHECKPOINTS) as checkpoints:
-        start = checkpoints.latest() or 0
-    for stop in (config["steps"] * part // parts for part in range(1, parts + 1)):
-        if stop < start:
-            continue
-        result = training.fit(
-            method,
-            lambda start: data.prefetch(source.starting_at(start)),
-            steps=stop,
-            key=jax.random.key(config["seed"]),
-            workdir=folder,
-            log_every=config["log_every"],
-            keep=1,
-            config={**plain_config(config), "network": name},
-        )
-        history = result.history
-        if not any(DISTANCE in row for row in history if row["step"] == stop):
-            with training.MetricsWriter(folder, resume_from=stop) as writer:
-                history.append(writer.write(stop, {DISTANCE: distance(result.state)}))
-    return result.state, history
-
-
-def sampler(generator: models.Network) -> Callable[[training.AdversarialState, jax.Array], np.ndarray]:
-    """Returns (state, latents [N, latent]) -> uint8 images [N, H, W, C]."""
-    functions = training.from_linen(generator)
-
-    @jax.jit
-    def draw(state: training.AdversarialState, latents: jax.Array) -> jax.Array:
-        return (127.5 * (training.generated(functions, state, latents) + 1)).round().astype("uint8")
-
-    def batched(state: training.AdversarialState, latents: jax.Array) -> np.ndarray:
-        parts = [draw(state, latents[i : i + 500]) for i in range(0, len(latents), 500)]
-        return np.concatenate(jax.device_get(parts))
-
-    return batched
-
-
-def sizes(role: str, network: models.Network) -> dict[str, int]:
-    """Parameters and MACs per image of a network."""
-    total = classifier.costs_of(network, network.architecture.input_shape).total
-    return {f"{role}_params": total.params, f"{role}_macs": total.macs}
-
-
-def images_per_step(config: Mapping[str, Any]) -> int:
-    """Real images per step."""
-    return config["batch_size"] * config["discriminator_steps"]
-
-
-def comparison(rows: list[dict[str, Any]], floor: float, title: str) -> Any:
-    """The networks side by side as a rich table, with the training images' distance as the last row."""
-    from rich import box, table
-
-    result = table.Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    result.add_column("network", no_wrap=True)
-    for heading in ("Fréchet distance", "parameters of G", "MACs of G", "parameters of D", "MACs of D", "train"):
-        result.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        counts = (row[f"{role}_{count}"] for role in ("generator", "discriminator") for count in ("params", "macs"))
-        seconds = "-" if row["train_seconds"] is None else f"{row['train_seconds']:,.1f} s"
-        result.add_row(row["name"], f"{row['frechet']:.2f}", *(f"{count:,}" for count in counts), seconds)
-    result.add_row("training images", f"{floor:.2f}", *("-",) * 5)
-    return result
 
 
 if __name__ == "__main__":

@@ -2,7 +2,15 @@
 
     JAXEFF_DATA=DIR python -m launch.generate --config=configs/quadratic/sngan_fashion.py --workdir=runs/sngan
 
-About eight minutes on two CPU cores.
+Eleven minutes on two CPU cores, of which four are the first-order networks and five the quadratic ones; not timed on a
+GPU yet. Expected after 2000 steps, one run with seed 0: Frechet distance 2.39 for first order, 7.86 for quadratic, 0.02
+for training images. The distances are on the features of a classifier trained in the same job, so they do not compare
+with published FIDs.
+
+The quadratic GAN is worse here: it is ahead at step 400 (8.05 against 9.42), best at step 800 (6.82) and then gets
+worse, while the loss of its discriminator stays at half that of the first-order one. A spectral norm on every
+projection does not bound the slope of their product, which may be why; that has not been tested.
+The learning rate and the number of discriminator steps were chosen on the first-order networks.
 """
 
 from ml_collections import ConfigDict
@@ -11,12 +19,12 @@ from configs.generation import adam, base, gan
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`:smoke` finishes in seconds on 512 images."""
+    """`:smoke` finishes in under a minute on 512 images, most of it compiling."""
     config = base("fashion_mnist")
-    # Three projections cost three times as much, so half the channels cost three quarters.
+    # Three projections at half the channels: 1.0x the generator's MACs, 0.77x the discriminator's.
     config.networks.first_order = gan((32, 32, 16), (32, 64, 128))
     config.networks.quadratic = gan((32, 16, 8), (16, 32, 64), kind="quadralib")
-    # Two and a half times the rate of the paper: its 2e-4 is for runs a hundred times as long.
+    # Ours: in trials of 700 steps the images had clearer shapes, to the eye, than at the paper's 2e-4.
     config.generator_optimizer = adam(5e-4)
     config.discriminator_optimizer = adam(5e-4)
     if arg == "smoke":

@@ -60,8 +60,8 @@ def sngan_discriminator(
 ) -> Architecture:
     """Image to one score: 4x4 convolutions of stride 2 without norms, then a dense layer on the flattened map.
 
-    A kernel whose size the stride divides sees every pixel equally often. Under 3x3 kernels of stride 2 the gradient
-    of the images is stronger in every second row and column, and the generator learns stripes.
+    A kernel whose size the stride divides sees every inner pixel equally often. One of 3x3 at stride 2 does not, and so
+    gives the generator gradients that are stronger in every second row and column (Odena et al. 2016, as above).
 
     Args:
       widths: channels of each convolution.

@@ -11,6 +11,7 @@ of 2e-4, b1 = 0 and b2 = 0.9 for both networks, and a few steps of the discrimin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +63,15 @@ class AdversarialState(NamedTuple):
     key: jax.Array
 
 
+def signed_range(images: jax.Array) -> jax.Array:
+    """Returns images as float32 in -1..1, the range of tanh: uint8 from 0..255, floating point values from 0..1.
+
+    Raises:
+      TypeError: for other dtypes, whose range is not known.
+    """
+    return 2 * unit_range(images) - 1
+
+
 def adversarial(
     generator: ModelFunctions,
     discriminator: ModelFunctions,
@@ -72,7 +82,7 @@ def adversarial(
     discriminator_steps: int = 1,
     ema_decay: float = 0.999,
     spectral: Pattern | None = KERNELS,
-    preprocess: Any = None,
+    preprocess: Callable[[jax.Array], jax.Array] = signed_range,
 ) -> Method:
     """Returns the method that trains a generator against a discriminator on batches {"image": [B, H, W, C]}.
 
@@ -91,7 +101,7 @@ def adversarial(
         short runs forget their start.
       spectral: which of the discriminator's parameters are divided by their spectral norm, as in
         `spectral_normalise`; None for none.
-      preprocess: `images -> images` in the generator's range; None scales uint8 and 0..1 to -1..1, `signed_range`.
+      preprocess: `images -> images` in the generator's range; the default scales uint8 and 0..1 to -1..1.
 
     Returns:
       The method. Its state is an `AdversarialState`; step reports "loss" (of the discriminator, mean over its
@@ -104,7 +114,6 @@ def adversarial(
         or `discriminator_steps` does not divide the batch.
     """
     _check_settings(latent, discriminator_steps, ema_decay)
-    preprocess = signed_range if preprocess is None else preprocess
 
     def normalised(params: Any, vectors: dict[str, jax.Array]) -> tuple[Any, Any]:
         return (params, vectors) if spectral is None else spectral_normalise(params, vectors, spectral)
@@ -229,15 +238,6 @@ def generated(generator: ModelFunctions, state: AdversarialState, latents: jax.A
     return generator.apply(state.average, latents, False, None)[0]
 
 
-def signed_range(images: jax.Array) -> jax.Array:
-    """Returns images as float32 in -1..1, the range of tanh: uint8 from 0..255, floating point values from 0..1.
-
-    Raises:
-      TypeError: for other dtypes, whose range is not known.
-    """
-    return 2 * unit_range(images) - 1
-
-
 def _hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
     return jax.nn.relu(1 - real) + jax.nn.relu(1 + fake)
 
@@ -250,7 +250,9 @@ def _check_settings(latent: int, discriminator_steps: int, ema_decay: float) -> 
         raise ValueError(f"ema_decay: expected a number in (0, 1), got {ema_decay}")
 
 
-def _checked_images(batch: Batch, preprocess: Any, discriminator_steps: int) -> jax.ShapeDtypeStruct:
+def _checked_images(
+    batch: Batch, preprocess: Callable[[jax.Array], jax.Array], discriminator_steps: int
+) -> jax.ShapeDtypeStruct:
     if "image" not in batch:
         raise ValueError(f"batch: has no image; its entries are {', '.join(sorted(batch))}")
     images = jax.eval_shape(preprocess, batch["image"])
@@ -262,7 +264,9 @@ def _checked_images(batch: Batch, preprocess: Any, discriminator_steps: int) -> 
     return images
 
 
-def _check_networks(generator, discriminator, made, judged, images, latent) -> None:
+def _check_networks(
+    generator: ModelFunctions, discriminator: ModelFunctions, made: Any, judged: Any, images: Any, latent: int
+) -> None:
     size = images.shape[0]
     fake, _ = jax.eval_shape(lambda v, z: generator.apply(v, z, False, None), made, jnp.zeros((size, latent)))
     if fake.shape != images.shape:

@@ -1,0 +1,184 @@
+"""From sections of a config to the parts of a generation run: networks, method, features, training with distances."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from configs.generation import base
+from jaxeff import data, models, quadratic, spec, training
+from jaxeff.training.workdir import CHECKPOINTS, plain_config
+from launch import classifier
+
+CLASSIFIER = "classifier"
+DISTANCE = "eval/frechet"
+
+
+class Gan(NamedTuple):
+    """The networks of one entry of a config, and the method that trains them."""
+
+    generator: models.Network
+    discriminator: models.Network
+    method: training.Method
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Finds what is wrong with a config before a run writes anything.
+
+    Raises:
+      ValueError: for unknown or missing fields, listing the valid ones, counts out of range, or no networks.
+    """
+    valid = base("fashion_mnist")
+    for what, section, known in (("config", config, valid), (CLASSIFIER, config[CLASSIFIER], valid[CLASSIFIER])):
+        classifier.check_fields(what, section, tuple(known))
+        if missing := sorted(set(known) - set(section)):
+            raise ValueError(f"{what}: missing field {', '.join(missing)}; start from configs.generation.base")
+    for name in ("batch_size", "steps", "evaluations", "log_every", "discriminator_steps"):
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {config[name]}")
+    if config["evaluations"] > config["steps"]:
+        raise ValueError(f"evaluations={config['evaluations']} is more than steps={config['steps']}; take fewer")
+    if config["samples"] < 2:
+        raise ValueError(f"samples must be at least 2, for a covariance, got {config['samples']}")
+    if len(config["sheet"]) != 2 or min(config["sheet"]) < 1:
+        raise ValueError(f"sheet must be (rows, columns) of at least 1, got {tuple(config['sheet'])}")
+    if not len(config["networks"]) or CLASSIFIER in config["networks"]:
+        raise ValueError(f"networks: expected at least one, none of them called {CLASSIFIER!r}")
+
+
+def build(section: Mapping[str, Any], config: Mapping[str, Any], dataset: data.Dataset) -> Gan:
+    """Builds generator, discriminator and method of {"generator": widths, "discriminator": widths, "kind": name}.
+
+    Quadratic generators have a batch norm on every projection; no discriminator has norms.
+
+    Raises:
+      ValueError: for an unknown field or kind, or widths that do not fit the images.
+    """
+    classifier.check_fields("network", section, ("generator", "discriminator", "kind"))
+    shape = dataset.arrays["image"].shape[1:]
+    generator = models.sngan_generator(section["generator"], latent=config["latent"], output_shape=shape)
+    discriminator = models.sngan_discriminator(section["discriminator"], input_shape=shape)
+    quadratic.get(section["kind"])
+    if section["kind"] != "first_order":
+        generator = spec.quadratize(generator, section["kind"], branch_norm="batch")
+        discriminator = spec.quadratize(discriminator, section["kind"])
+    made, judging = (
+        models.Network(net, conv=quadratic.conv_layer, dense=quadratic.dense_layer)
+        for net in (generator, discriminator)
+    )
+    method = training.adversarial(
+        training.from_linen(made),
+        training.from_linen(judging),
+        training.optimizer_from(config["generator_optimizer"], config["steps"]),
+        training.optimizer_from(config["discriminator_optimizer"], config["steps"] * config["discriminator_steps"]),
+        latent=config["latent"],
+        discriminator_steps=config["discriminator_steps"],
+        ema_decay=config["ema_decay"],
+    )
+    return Gan(made, judging, method)
+
+
+def feature_extractor(
+    network: models.Network, config: Mapping[str, Any], train: data.Dataset, test: data.Dataset, folder: pathlib.Path
+) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+    """Trains the classifier, or finds it trained; returns uint8 images -> features and its test accuracy."""
+    section = config[CLASSIFIER]
+    source = data.Batches(train.arrays, section["batch_size"], seed=config["seed"])
+    steps = section["epochs"] * source.steps_per_epoch
+    print(f"{CLASSIFIER}: {steps} steps of {section['batch_size']} on {len(train)} images of {config['dataset']}")
+    result = training.fit(
+        classifier.method(network, section, train, steps),
+        lambda start: data.prefetch(source.starting_at(start)),
+        steps=steps,
+        key=jax.random.key(config["seed"]),
+        workdir=folder,
+        evaluate_on=lambda: data.padded_batches(test.arrays, 250),
+        log_every=config["log_every"],
+        keep=1,
+        config={**plain_config(section), "seed": config["seed"]},
+    )
+    mean, deviation = data.channel_statistics(train.arrays["image"])
+    variables = {"params": result.state.evaluation_params, **result.state.model_state}
+
+    def features(images: np.ndarray) -> np.ndarray:
+        return training.features(
+            network, variables, images, preprocess=lambda images: data.standardise(images, mean, deviation)
+        )
+
+    return features, result.evaluation["accuracy"]
+
+
+def fit(
+    method: training.Method,
+    source: data.Batches,
+    config: Mapping[str, Any],
+    name: str,
+    folder: pathlib.Path,
+    distance: Callable[[training.AdversarialState], float],
+) -> tuple[training.AdversarialState, list[dict[str, Any]]]:
+    """Trains in `evaluations` parts with a Frechet distance after each; returns the last state and all metrics."""
+    parts = config["evaluations"]
+    with training.Checkpoints(folder / CHECKPOINTS) as checkpoints:
+        start = checkpoints.latest() or 0
+    for stop in (config["steps"] * part // parts for part in range(1, parts + 1)):
+        if stop < start:
+            continue
+        result = training.fit(
+            method,
+            lambda start: data.prefetch(source.starting_at(start)),
+            steps=stop,
+            key=jax.random.key(config["seed"]),
+            workdir=folder,
+            log_every=config["log_every"],
+            keep=1,
+            config={**plain_config(config), "network": name},
+        )
+        history = result.history
+        if not any(DISTANCE in row for row in history if row["step"] == stop):
+            with training.MetricsWriter(folder, resume_from=stop) as writer:
+                history.append(writer.write(stop, {DISTANCE: distance(result.state)}))
+    return result.state, history
+
+
+def sampler(generator: models.Network) -> Callable[[training.AdversarialState, jax.Array], np.ndarray]:
+    """Returns (state, latents [N, latent]) -> uint8 images [N, H, W, C]."""
+    functions = training.from_linen(generator)
+
+    @jax.jit
+    def draw(state: training.AdversarialState, latents: jax.Array) -> jax.Array:
+        return (127.5 * (training.generated(functions, state, latents) + 1)).round().astype("uint8")
+
+    def batched(state: training.AdversarialState, latents: jax.Array) -> np.ndarray:
+        parts = [draw(state, latents[i : i + 500]) for i in range(0, len(latents), 500)]
+        return np.concatenate(jax.device_get(parts))
+
+    return batched
+
+
+def sizes(role: str, network: models.Network) -> dict[str, int]:
+    """Parameters and MACs per image of a network."""
+    total = classifier.costs_of(network, network.architecture.input_shape).total
+    return {f"{role}_params": total.params, f"{role}_macs": total.macs}
+
+
+def images_per_step(config: Mapping[str, Any]) -> int:
+    """Real images per step."""
+    return config["batch_size"] * config["discriminator_steps"]
+
+
+def comparison(rows: list[dict[str, Any]], floor: float, title: str) -> Any:
+    """The networks side by side as a rich table, with the training images' distance as the last row."""
+    from rich import box, table
+
+    result = table.Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    result.add_column("network", no_wrap=True)
+    for heading in ("Fréchet distance", "parameters of G", "MACs of G", "parameters of D", "MACs of D", "train"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        counts = (row[f"{role}_{count}"] for role in ("generator", "discriminator") for count in ("params", "macs"))
+        seconds = "-" if row["train_seconds"] is None else f"{row['train_seconds']:,.1f} s"
+        result.add_row(row["name"], f"{row['frechet']:.2f}", *(f"{count:,}" for count in counts), seconds)
+    result.add_row("training images", f"{floor:.2f}", *("-",) * 5)
+    return result
