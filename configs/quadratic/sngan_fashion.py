@@ -19,7 +19,7 @@ from configs.generation import adam, base, gan
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`:smoke` finishes in under a minute on 512 images, most of it compiling."""
+    """`:smoke` takes about a minute on 512 images, nearly all of it imports and compilation."""
     config = base("fashion_mnist")
     # Three projections at half the channels: 1.0x the generator's MACs, 0.77x the discriminator's.
     config.networks.first_order = gan((32, 32, 16), (32, 64, 128))
