@@ -46,7 +46,8 @@ def dense(
       kind: a name in `jaxeff.quadratic.KINDS`, or a family with options: "bergstra(rank=4)".
       precision: as in lax.
       branch: function (projection name, projection) -> projection, applied to each before they are combined.
-      impl: "separate" products, one "stacked" product for all projections, or "auto".
+      impl: "separate" products, one "stacked" product for all projections, "fused" with their combination into one
+        kernel for GPU (kinds "t4" and "quadralib"), or "auto": what `jaxeff.quadratic.tune` found.
       save: what the backward pass keeps, see `jaxeff.quadratic.backward`.
 
     Returns:
@@ -89,7 +90,8 @@ def conv(
       kernel_size: (kh, kw); only kinds whose kernels are all of pairs need it.
       precision: as in lax.
       branch: function (projection name, projection) -> projection, applied to each before they are combined.
-      impl: "separate" convolutions, one "stacked" convolution for all projections, or "auto".
+      impl: "separate" convolutions, one "stacked" convolution for all projections, "fused" with their combination into
+        one kernel for GPU (1x1, kinds "t4" and "quadralib"), or "auto": what `jaxeff.quadratic.tune` found.
       save: what the backward pass keeps, see `jaxeff.quadratic.backward`.
       conv_general_dilated: the convolution, with lax's signature.
 
@@ -136,6 +138,8 @@ def dense_block(
     """
     chosen = kinds.get(kind)
     projections.check_params(chosen, params)
+    if impl == "fused":
+        return _fused_block(chosen, params, x, statistics, save, surroundings)
     project = projections.dense(chosen, precision, impl)
     return backward.block(
         Form(chosen, project, **surroundings), params, x, statistics, save=save, piece_bytes=piece_bytes
@@ -180,10 +184,31 @@ def conv_block(
     chosen = kinds.get(kind)
     projections.check_params(chosen, params)
     window = projections.Window(tuple(strides), padding, tuple(dilation), groups, kernel_size)
+    if impl == "fused":
+        pointwise = params[f"kernel_{chosen.projections[0].name}"].shape[:2] == (1, 1)
+        unpadded = isinstance(padding, str) or all(tuple(pair) == (0, 0) for pair in padding)
+        if not (pointwise and unpadded and groups == 1 and tuple(strides) == (1, 1)):
+            raise ValueError(
+                "impl='fused' is for 1x1 convolutions with stride 1, groups=1 and no padding, got "
+                f"{tuple(window)}; use impl='auto'"
+            )
+        return _fused_block(chosen, params, x, statistics, save, surroundings)
     project = projections.conv(chosen, window, precision, impl, conv_general_dilated)
     return backward.block(
         Form(chosen, project, **surroundings), params, x, statistics, save=save, piece_bytes=piece_bytes
     )
+
+
+def _fused_block(kind, params, x, statistics, save, surroundings):
+    """The neurons as one kernel, and the output norm and activation after it."""
+    backward.check_save(save)
+    inside = [name for name in ("branch_norm", "branch_act", "branch") if surroundings.get(name) is not None]
+    if inside:
+        raise ValueError(f"impl='fused' has nothing between projections and product, got {', '.join(inside)}")
+    form = Form(kinds.get("first_order"), lambda params, y: (y,), **surroundings)
+    y = projections.fused(kind, params, x)
+    rest = {name: value for name, value in params.items() if name == f"norm_{backward.OUT}"}
+    return backward.block(form, rest, y, statistics)
 
 
 class _QuadraticLayer(nn.Module):
@@ -301,7 +326,7 @@ class QuadraticDense(_QuadraticLayer):
       act: activation of the output ("relu", ...) or None.
       save: what the backward pass keeps of the layer and its norms: "all", "ab" (input and projections) or "x" (input
         only); the last two have reverse mode only. See `jaxeff.quadratic.backward`.
-      impl: "separate" products, one "stacked" product for all projections, or "auto", see `jaxeff.quadratic.autotune`.
+      impl: "separate", "stacked", "fused" or "auto", as in `jaxeff.quadratic.dense`.
       initialization: "kaiming" (unit output variance where the inputs are rectified standard normals, as after norm
         and ReLU) or "relinear" (starts as the first-order layer).
       dtype: dtype of input, kernels and output; None follows input and parameters. Between them it is at least float32.

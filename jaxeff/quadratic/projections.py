@@ -12,8 +12,8 @@ from jax import lax
 from jaxeff.quadratic import autotune
 from jaxeff.quadratic.kinds import Kind, Projection, weights_of
 
-Impl = Literal["separate", "stacked", "auto"]
-IMPLS: tuple[str, ...] = ("separate", "stacked", "auto")
+Impl = Literal["separate", "stacked", "fused", "auto"]
+IMPLS: tuple[str, ...] = ("separate", "stacked", "fused", "auto")
 # 64 MiB of float32: the weights of a full quadratic form grow with the square of the patch.
 MAX_PAIR_WEIGHTS = 2**24
 PAIRS = ("pairs", "symmetric_pairs")
@@ -56,6 +56,27 @@ def kernel_shape(projection: Projection, receptive: Sequence[int], neurons: int)
             f"{4 * inputs * neurons:,}"
         )
     return (pairs, neurons * projection.rank)
+
+
+def fused(kind: Kind, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    """A dense layer (or 1x1 convolution) of "t4" or "quadralib" neurons as one kernel; x [..., I] to [..., O].
+
+    Keeps only its input for the backward pass. On devices other than a GPU the kernel is interpreted, which is slow.
+
+    Raises:
+      ValueError: for another kind.
+    """
+    if [p.name for p in kind.projections] not in (["a", "b"], ["a", "b", "c"]) or kind.name not in ("t4", "quadralib"):
+        raise ValueError(f"impl='fused' is for kinds 't4' and 'quadralib', got {kind.name!r}; use impl='auto'")
+    from jaxeff.quadratic import kernels  # Pallas takes longer to import than all of this package
+
+    names = [p.name for p in kind.projections]
+    matrices = tuple(params[f"kernel_{name}"].reshape(x.shape[-1], -1) for name in names)
+    none = jnp.zeros((matrices[0].shape[-1],), jnp.float32)
+    biases = tuple(params.get(f"bias_{name}", none) for name in names)
+    rows = x.reshape(-1, x.shape[-1])
+    y = kernels.fused_dense(rows, matrices, biases, kernels.TILE, jax.default_backend() != "gpu")
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def check_params(kind: Kind, params: Mapping[str, Any]) -> None:

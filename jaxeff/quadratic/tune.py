@@ -22,19 +22,19 @@ def tune(module: nn.Module, x: Any) -> dict[str, str]:
       The faster form, "separate" or "stacked", by the signature of the layer. Layers with `impl="auto"` that are
       traced from now on, in this process and in later ones, use it.
     """
-    layers: dict[str, tuple[nn.Module, jax.ShapeDtypeStruct]] = {}
+    seen: list[tuple[Any, jax.ShapeDtypeStruct]] = []
 
     def watch(next_function, args, kwargs, context):
         layer = context.module
         if isinstance(layer, QuadraticConv | QuadraticDense) and context.method_name == "__call__":
             shape = jax.ShapeDtypeStruct(args[0].shape, layer.dtype or args[0].dtype)
-            name = _signature(layer, shape)
-            if name is not None:
-                layers[name] = (layer.clone(parent=None, name=None), shape)
+            seen.append((layer.clone(parent=None, name=None), shape))
         return next_function(*args, **kwargs)
 
     with nn.intercept_methods(watch):
         jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(x.shape, x.dtype))
+    named = [(_signature(layer, shape), layer, shape) for layer, shape in seen]
+    layers = {name: (layer, shape) for name, layer, shape in named if name is not None}
     found = {}
     for name, (layer, shape) in layers.items():
         variables = jax.eval_shape(layer.init, jax.random.key(0), shape)
@@ -46,7 +46,7 @@ def tune(module: nn.Module, x: Any) -> dict[str, str]:
 
 def _signature(layer, x) -> str | None:
     """The name under which the layer will look itself up; None for a kind with a single projection of the input."""
-    kernels = jax.eval_shape(layer.clone(parent=None, name=None).init, jax.random.key(0), x)["params"]
+    kernels = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
     of_x = [p.name for p in kinds.get(layer.kind).projections if p.of == "x" and p.kernel is None]
     if len(of_x) < 2:
         return None

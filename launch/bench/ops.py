@@ -6,8 +6,6 @@ Every case compiles first, lets the contestants take turns and reports the media
 object a case; `make bench` keeps them in launch/bench/results/ops.json.
 """
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -22,7 +20,7 @@ import optax
 from jax import lax
 
 from jaxeff import models, ops, spec, training
-from launch.bench import results, torch_peers
+from launch.bench import results, suite, torch_peers
 from launch.bench.timing import Times, compile_seconds, contest
 
 CLIENTS, STEPS, CLIENT_BATCH, BATCH = 8, 4, 16, 64
@@ -317,30 +315,7 @@ ON_GPU = ("ceilings", "torch_step")
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the chosen cases and writes what they measured."""
-    parser = argparse.ArgumentParser(prog="python -m launch.bench.ops", description=__doc__.split("\n")[0])
-    parser.add_argument("--case", action="append", choices=sorted(CASES), help="run only this case (repeatable)")
-    parser.add_argument("--pairs", type=int, default=9, help="interleaved rounds that count (default 9)")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="which cases to run (default cpu)")
-    parser.add_argument("--json", help="write the results file")
-    options = parser.parse_args(argv)
-    if jax.default_backend() != options.device:
-        raise SystemExit(f"--device {options.device}, but the backend of JAX is {jax.default_backend()}")
-    on_cpu = [name for name in CASES if name != "ceilings"]
-    wanted = options.case or (on_cpu if options.device == "cpu" else list(ON_GPU))
-    failed = []
-    for name in wanted:
-        try:
-            for item in CASES[name](options.pairs):
-                print(json.dumps({**item, "device": results.device()}), flush=True)
-                if options.json:  # at once, so that a case that fails later loses nothing
-                    results.write(options.json, [item], _command(options))
-        except ImportError as error:
-            print(f"skipped {name}: {error}", file=sys.stderr)
-        except Exception as error:
-            failed.append(name)
-            print(f"failed {name}: {type(error).__name__}: {error}", file=sys.stderr)
-    if failed:
-        raise SystemExit(f"failed cases: {', '.join(failed)}")
+    suite.main("ops", __doc__, CASES, ON_GPU, argv)
 
 
 def _plain_conv(x, kernel, impl, numbers):
@@ -349,10 +324,6 @@ def _plain_conv(x, kernel, impl, numbers):
 
 def _first(batches):
     return jax.tree.map(lambda a: a[0], batches)
-
-
-def _command(options) -> str:
-    return "make gpu" if options.device == "gpu" else "make bench"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""ReLinear training: a quadratic network starts as its first-order twin and leaves it only as fast as it is let.
+
+After Fan et al. 2023 (arXiv 2110.06081): the quadratic parameters start switched off (`initialization="relinear"` of
+the layers, or `jaxeff.quadratic.convert.transplant` for a trained twin), and training restrains them, either by smaller
+steps (`gamma`) or by shrinking them after every step (`shrink`).
+
+>>> import jax.numpy as jnp, optax
+>>> params = {"kernel_a": jnp.ones(2), "kernel_b": jnp.ones(2), "kernel_c": jnp.ones(2)}
+>>> groups(params, "quadralib")
+{'kernel_a': 'quadratic', 'kernel_b': 'quadratic', 'kernel_c': 'twin'}
+>>> tx = optax.chain(optax.sgd(0.1), restrain(groups(params, "quadralib"), gamma=0.01))
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxeff import spec
+from jaxeff.quadratic import kinds
+
+Group = Literal["twin", "quadratic", "rest"]
+Schedule = Callable[[Any], Any]
+
+
+def groups(params: Any, kind: str | spec.Architecture) -> Any:
+    """Says of every parameter what it belongs to.
+
+    Args:
+      params: parameters of one layer, of a network, or any tree with quadratic layers in it.
+      kind: the kind of all its quadratic layers, or the architecture whose network has these parameters.
+
+    Returns:
+      A tree of the same structure: "twin" for what the first-order twin has as well (weights, bias and branch norm of
+      the projection that starts as it), "quadratic" for the other projections and the extras of the kind, "rest" for
+      everything outside of quadratic layers and for output norms.
+
+    Raises:
+      ValueError: for a kind without a first-order twin.
+    """
+    if isinstance(kind, spec.Architecture):
+        by_path = {path: layer.kind for path, layer in spec.walk(kind) if isinstance(layer, spec.Conv | spec.Dense)}
+    else:
+        by_path = None
+        kinds.relinear_starts(kinds.get(kind))
+
+    def group(path, _):
+        names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+        if by_path is None:
+            return _group(names, kinds.get(kind))
+        # Parameters of the layer at "block/conv1" are below params["block"]["conv1"]["layer"].
+        layer = "/".join(names[: names.index("layer")]) if "layer" in names else None
+        return _group(names, kinds.get(by_path[layer])) if layer in by_path else "rest"
+
+    return jax.tree_util.tree_map_with_path(group, params)
+
+
+class RestrainState(NamedTuple):
+    """The number of steps taken; int32."""
+
+    count: jax.Array
+
+
+def restrain(
+    labels: Any, *, gamma: float | Schedule = 1.0, shrink: float | Schedule = 1.0
+) -> optax.GradientTransformation:
+    """Restrains the quadratic parameters; to be chained after the optimiser.
+
+    With gamma=0 and a ReLinear start, training is that of the first-order twin. Fan et al. train a ResNet with 1e-4.
+
+    Args:
+      labels: tree of groups as `groups` makes it.
+      gamma: factor on the updates of quadratic parameters, or a schedule of the step: their learning rate in units of
+        the others'. The factor is on the update and not on the gradient, which Adam would undo.
+      shrink: factor on the quadratic parameters after each step, or a schedule.
+
+    Returns:
+      The transformation; with `shrink` its update needs the parameters.
+
+    Raises:
+      ValueError: for a negative gamma, or a shrink outside of [0, 1].
+    """
+    if not callable(gamma) and not gamma >= 0:
+        raise ValueError(f"gamma must be at least 0 (0 freezes the quadratic parameters), got {gamma}")
+    if not callable(shrink) and not 0 <= shrink <= 1:
+        raise ValueError(f"shrink must be in [0, 1] (1 leaves the quadratic parameters as they are), got {shrink}")
+    shrinks = callable(shrink) or shrink < 1
+
+    def init(params):
+        return RestrainState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        if shrinks and params is None:
+            raise ValueError("restrain with shrink needs the parameters: tx.update(grads, state, params)")
+        pace = gamma(state.count) if callable(gamma) else gamma
+        keep = shrink(state.count) if callable(shrink) else shrink
+
+        def one(label, step, param):
+            if label != "quadratic":
+                return step
+            step = step * jnp.asarray(pace, step.dtype)
+            return step if param is None else keep * (param + step) - param
+
+        if shrinks:
+            updates = jax.tree.map(one, labels, updates, params)
+        else:
+            updates = jax.tree.map(lambda label, step: one(label, step, None), labels, updates)
+        return updates, RestrainState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _group(names: list[str], kind: kinds.Kind) -> Group:
+    starts = kinds.relinear_starts(kind)
+    for name in reversed(names):
+        if name in {extra.name for extra in kind.extras}:
+            return "quadratic"
+        part, _, projection = name.partition("_")
+        if part in ("kernel", "bias", "norm") and projection in starts:
+            return "twin" if starts[projection] == "twin" else "quadratic"
+    return "rest"

@@ -1,0 +1,53 @@
+"""What is measured is remembered, and only what was measured is used."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from jaxeff import models, quadratic, spec
+from jaxeff.quadratic import autotune, projections
+
+
+@pytest.fixture(autouse=True)
+def own_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXEFF_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.slow
+def test_layers_use_what_tuning_found(monkeypatch):
+    architecture = spec.quadratize(models.cnn((4,), input_shape=(6, 6, 1)), branch_norm="batch")
+    network = models.Network(architecture, conv=quadratic.conv_layer, dense=quadratic.dense_layer)
+    x = jnp.zeros((2, 6, 6, 1))
+    found = quadratic.tune(network, x)
+    assert len(found) == 1 and set(found.values()) <= {"separate", "stacked"}
+    assert json.loads(autotune.table_path().read_text()) == found
+    for form, calls in (("separate", 0), ("stacked", 1)):
+        autotune.remember(dict.fromkeys(found, form))
+        used = []
+        monkeypatch.setattr(
+            projections, "_stacked", lambda *args, f=projections._stacked, u=used: u.append(1) or f(*args)
+        )
+        jax.eval_shape(network.init, jax.random.key(0), x)
+        assert len(used) == calls
+        monkeypatch.undo()
+        monkeypatch.setenv("JAXEFF_CACHE_DIR", str(autotune.table_path().parent))
+
+
+def test_the_faster_form_wins():
+    import time
+
+    def slow(x):
+        return jax.pure_callback(lambda x: time.sleep(0.02) or x, x, x)
+
+    assert autotune.fastest({"slow": slow, "fast": lambda x: x}, [np.ones(3, np.float32)], rounds=2) == "fast"
+
+
+def test_a_missing_or_damaged_table_is_an_empty_one():
+    assert autotune.lookup("anything") is None
+    autotune.remember({"layer": "stacked"})
+    assert autotune.lookup("layer") == "stacked"
+    autotune.table_path().write_text("{broken")
+    assert autotune.lookup("layer") is None
