@@ -25,6 +25,8 @@ def base(dataset: str) -> ConfigDict:
     config.label_smoothing = 0.0
     config.ema_decay = config_dict.placeholder(float)
     config.augment = ConfigDict({"crop": 0, "flip": False, "cutout": 0, "mixup": 0.0})
+    # Pace and shrinking of the quadratic parameters, see jaxeff.quadratic.restrain; 1 and 1 restrain nothing.
+    config.restrain = ConfigDict({"gamma": 1.0, "shrink": 1.0})
     config.eval_every = 0
     config.log_every = 20
     config.checkpoint_every = 0
@@ -41,9 +43,21 @@ def base(dataset: str) -> ConfigDict:
     return config
 
 
-def network(model: str, *, kind: str = "first_order", branch_norm: str | None = None, **options: Any) -> ConfigDict:
-    """One network of an experiment: a name of `jaxeff.models.ZOO` with its options, and the kind of its neurons."""
+def network(
+    model: str,
+    *,
+    kind: str = "first_order",
+    branch_norm: str | None = None,
+    save: str = "all",
+    initialization: str = "kaiming",
+    **options: Any,
+) -> ConfigDict:
+    """One network of an experiment: a name of `jaxeff.models.ZOO` with its options, and the kind of its neurons.
+
+    `save` is the memory policy of its layers ("all", "ab" or "x"), `initialization` "kaiming" or "relinear".
+    """
     section = ConfigDict({"model": model, "kind": kind, "options": ConfigDict(options)})
+    section.update({"save": save, "initialization": initialization})
     section.branch_norm = config_dict.placeholder(str)
     section.branch_norm = branch_norm
     section.select = config_dict.placeholder(str)

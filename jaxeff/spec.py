@@ -36,7 +36,7 @@ class Conv:
       kind: neuron type; "first_order" or a kind of `jaxeff.quadratic`.
       branch_norm: norm of each projection inside a neuron with several ("batch", "group", ..., None).
       norm: norm of the layer's output.
-      act: "relu", "relu6", "gelu", "silu", "tanh" or None.
+      act: "relu", "relu6", "leaky_relu", "gelu", "silu", "tanh" or None.
       bias: whether the projections have a bias; None means only where no norm follows them directly: neither
         `branch_norm` nor, in a first-order layer, `norm` (between a quadratic neuron's projections and `norm` stands
         their product, which needs the biases).

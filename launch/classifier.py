@@ -1,14 +1,17 @@
 """From sections of a config to the parts of a classification run: network, augmentation, method, costs."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from configs.classification import base
 from jaxeff import costs, data, models, quadratic, spec, training
+from jaxeff.quadratic import backward
 
 DTYPES = {"float32": None, "bfloat16": jnp.bfloat16}
 AUGMENTATIONS = ("crop", "flip", "cutout", "mixup")
@@ -18,7 +21,8 @@ def network(section: Mapping[str, Any], dataset: data.Dataset, dtype: str = "flo
     """Builds the network that a section of a config describes, for the images and classes of a data set.
 
     Args:
-      section: {"model": name, "options": {...}, "kind": name, "branch_norm": name or None, "select": glob or None}.
+      section: {"model": name, "options": {...}, "kind": name, "branch_norm": name or None, "select": glob or None,
+        "save": memory policy, "initialization": "kaiming" or "relinear"}.
       dataset: gives the input shape and the number of classes.
       dtype: "float32" or "bfloat16", what the network computes in; parameters are float32.
 
@@ -28,7 +32,7 @@ def network(section: Mapping[str, Any], dataset: data.Dataset, dtype: str = "flo
     Raises:
       ValueError: for an unknown field, model, kind or dtype, listing the valid ones.
     """
-    known = ("model", "options", "kind", "branch_norm", "select")
+    known = ("model", "options", "kind", "branch_norm", "select", "save", "initialization")
     check_fields("network", section, known)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -43,21 +47,38 @@ def network(section: Mapping[str, Any], dataset: data.Dataset, dtype: str = "flo
         architecture = spec.quadratize(
             architecture, section["kind"], section.get("select"), branch_norm=section.get("branch_norm")
         )
-    return models.Network(architecture, conv=quadratic.conv_layer, dense=quadratic.dense_layer, dtype=DTYPES[dtype])
+    policy: dict[str, Any] = {"save": section.get("save", "all")}
+    backward.check_save(policy["save"])
+    conv = functools.partial(quadratic.conv_layer, **policy, initialization=section.get("initialization", "kaiming"))
+    dense = functools.partial(quadratic.dense_layer, **policy, initialization=section.get("initialization", "kaiming"))
+    return models.Network(architecture, conv=conv, dense=dense, dtype=DTYPES[dtype])
 
 
-def method(module: nn.Module, config: Mapping[str, Any], dataset: data.Dataset, steps: int) -> training.Method:
-    """Builds the classification method of a config: optimiser, label smoothing, average, augmentation."""
+def method(module: models.Network, config: Mapping[str, Any], dataset: data.Dataset, steps: int) -> training.Method:
+    """Builds the classification method of a config: optimiser, restraint, label smoothing, average, augmentation."""
     mean, deviation = data.channel_statistics(dataset.arrays["image"])
     return training.classification(
         *training.from_linen(module),
-        training.optimizer_from(config["optimizer"], steps),
+        optimizer(module, config, steps),
         num_classes=dataset.info.num_classes,
         label_smoothing=config["label_smoothing"],
         ema_decay=config["ema_decay"],
         augment=augmentation(config["augment"]),
         preprocess=lambda images: data.standardise(images, mean, deviation),
     )
+
+
+def optimizer(module: models.Network, config: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
+    """Builds the optimiser of a config, with its restraint of quadratic parameters where that changes anything."""
+    tx = training.optimizer_from(config["optimizer"], steps)
+    restraint = dict(config["restrain"])
+    check_fields("restrain", restraint, ("gamma", "shrink"))
+    if restraint == {"gamma": 1.0, "shrink": 1.0}:
+        return tx
+    images = jnp.zeros((1, *module.architecture.input_shape))
+    params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    labels = quadratic.parameter_groups(params, module.architecture)
+    return optax.chain(tx, quadratic.restrain(labels, **restraint))
 
 
 def augmentation(section: Mapping[str, Any]) -> Callable[..., Any] | None:

@@ -145,6 +145,10 @@ class _Step(nn.Module):
             return global_avg_pool(x)
         if isinstance(layer, spec.Flatten):
             return x.reshape(x.shape[0], -1)
+        if isinstance(layer, spec.Reshape):
+            return x.reshape(x.shape[0], *layer.shape)
+        if isinstance(layer, spec.Upsample):
+            return x.repeat(layer.factor[0], 1).repeat(layer.factor[1], 2)
         if isinstance(layer, spec.Dropout):
             return nn.Dropout(layer.rate)(x, deterministic=not train)
         if isinstance(layer, spec.Residual):

@@ -12,6 +12,8 @@ from jaxeff.quadratic.layers import (
     dense_block,
     dense_layer,
 )
+from jaxeff.quadratic.relinear import groups as parameter_groups
+from jaxeff.quadratic.relinear import restrain
 from jaxeff.quadratic.tune import tune
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "dense_block",
     "dense_layer",
     "get",
+    "parameter_groups",
     "register",
     "register_family",
+    "restrain",
     "taxonomy",
     "tune",
 ]

@@ -120,7 +120,8 @@ def block(
         return (y, used), (params, x, used, zs if save == "ab" else None)
 
     def backward(residuals, cotangents):
-        return _backward(form, piece_bytes, *residuals, cotangents[0])
+        params, x, used, zs = residuals
+        return _backward(form, piece_bytes, params, x, used, zs, cotangents[0])
 
     run.defvjp(forward, backward)
     # Inside `shard_map` the gradients of shared parameters are summed over devices outside of our own rule.
@@ -203,7 +204,8 @@ def _backward(form, piece_bytes, params, x, used, zs, g):
         (dy,) = jax.vjp(lambda y: _finished(form, small, y, out, x.dtype), y)[1](g)
         return dy if out is None else dy + _through_moments(y, out, by_statistics)
 
-    by_out = by_branch = None
+    by_out: Any = None
+    by_branch: Any = None
     positions = math.prod(g.shape[:-1])
     if out is not None:
 

@@ -88,8 +88,8 @@ def _bwd(tile, interpret, residuals, g):
     # One product each for all projections: the input and its gradient are read and written once.
     stacked, weights = jnp.concatenate(by, 1), jnp.concatenate(kernels, 1)
     by_x = lax.dot_general(stacked, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    by_kernels = lax.dot_general(x, stacked, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    by_kernels = jnp.split(by_kernels.astype(x.dtype), len(kernels), 1)
+    by_weights = lax.dot_general(x, stacked, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    by_kernels = jnp.split(by_weights.astype(x.dtype), len(kernels), 1)
     by_biases = [value.astype(jnp.float32).sum(0).astype(bias.dtype) for value, bias in zip(by, biases, strict=True)]
     return by_x.astype(x.dtype), tuple(by_kernels), tuple(by_biases)
 

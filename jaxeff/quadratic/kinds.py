@@ -68,6 +68,9 @@ class Extra:
     macs: Callable[[int, int], int] = lambda neurons, groups: 0
 
 
+Part = Projection | Extra
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """A type of neuron.
@@ -95,6 +98,11 @@ class Kind:
     extras: tuple[Extra, ...] = ()
     outputs: int = 1
     operations: int = 0
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Its projections and extras."""
+        return (*self.projections, *self.extras)
 
     def apply(self, *values: jax.Array, **extras: Any) -> jax.Array:
         """`combine`, differentiated by `slopes` where the kind has them: in any mode and of any order."""
@@ -146,7 +154,7 @@ def register(kind: Kind, *, overwrite: bool = False) -> Kind:
     Raises:
       ValueError: if the name is taken by another kind, or names repeat or refer to nothing.
     """
-    names = [part.name for part in (*kind.projections, *kind.extras)]
+    names = [part.name for part in kind.parts]
     if not kind.projections or len(set(names)) != len(names):
         raise ValueError(f"kind {kind.name!r} needs projections with different names, got {names}")
     own = {p.name for p in kind.projections if p.kernel is None}
@@ -236,7 +244,7 @@ def relinear_starts(kind: Kind) -> Mapping[str, Start]:
             f"kind {kind.name!r} ({kind.formula}) cannot start as a first-order layer, so it has no ReLinear "
             f"initialisation; kinds that have one: {', '.join(able)}"
         )
-    return {part.name: part.relinear for part in (*kind.projections, *kind.extras) if part.relinear}
+    return {part.name: part.relinear for part in kind.parts if part.relinear}
 
 
 def _has_twin(kind: Kind) -> bool:

@@ -183,7 +183,7 @@ def conv_block(
         raise ValueError(f"x must be [N, H, W, C], got shape {x.shape}")
     chosen = kinds.get(kind)
     projections.check_params(chosen, params)
-    window = projections.Window(tuple(strides), padding, tuple(dilation), groups, kernel_size)
+    window = projections.Window(tuple(strides), padding, tuple(dilation), groups, tuple(kernel_size or ()) or None)
     if impl == "fused":
         pointwise = params[f"kernel_{chosen.projections[0].name}"].shape[:2] == (1, 1)
         unpadded = isinstance(padding, str) or all(tuple(pair) == (0, 0) for pair in padding)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxeff import spec
+from jaxeff import spec, trees
 from jaxeff.quadratic import kinds
 
 Group = Literal["twin", "quadratic", "rest"]
@@ -40,27 +40,28 @@ def groups(params: Any, kind: str | spec.Architecture) -> Any:
     Raises:
       ValueError: for a kind without a first-order twin.
     """
-    if isinstance(kind, spec.Architecture):
-        by_path = {path: layer.kind for path, layer in spec.walk(kind) if isinstance(layer, spec.Conv | spec.Dense)}
-    else:
-        by_path = None
-        kinds.relinear_starts(kinds.get(kind))
+    if isinstance(kind, str):
+        everywhere = kinds.get(kind)
+        kinds.relinear_starts(everywhere)
+        return trees.map_named(lambda name, _: _group(name.split("/"), everywhere), params)
+    layers = {path: layer for path, layer in spec.walk(kind) if isinstance(layer, spec.Conv | spec.Dense)}
 
-    def group(path, _):
-        names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
-        if by_path is None:
-            return _group(names, kinds.get(kind))
-        # Parameters of the layer at "block/conv1" are below params["block"]["conv1"]["layer"].
-        layer = "/".join(names[: names.index("layer")]) if "layer" in names else None
-        return _group(names, kinds.get(by_path[layer])) if layer in by_path else "rest"
+    def group(name, _):
+        # Parameters of the layer at "block/conv1" are called "block/conv1/layer/...".
+        path, found, parameter = name.partition("/layer/")
+        return _group(parameter.split("/"), kinds.get(layers[path].kind)) if found and path in layers else "rest"
 
-    return jax.tree_util.tree_map_with_path(group, params)
+    return trees.map_named(group, params)
 
 
 class RestrainState(NamedTuple):
-    """The number of steps taken; int32."""
+    """State of `restrain`.
 
-    count: jax.Array
+    Attributes:
+      step: number of updates so far; int32.
+    """
+
+    step: jax.Array
 
 
 def restrain(
@@ -94,8 +95,8 @@ def restrain(
     def update(updates, state, params=None):
         if shrinks and params is None:
             raise ValueError("restrain with shrink needs the parameters: tx.update(grads, state, params)")
-        pace = gamma(state.count) if callable(gamma) else gamma
-        keep = shrink(state.count) if callable(shrink) else shrink
+        pace = gamma(state.step) if callable(gamma) else gamma
+        keep = shrink(state.step) if callable(shrink) else shrink
 
         def one(label, step, param):
             if label != "quadratic":
@@ -107,7 +108,7 @@ def restrain(
             updates = jax.tree.map(one, labels, updates, params)
         else:
             updates = jax.tree.map(lambda label, step: one(label, step, None), labels, updates)
-        return updates, RestrainState(state.count + 1)
+        return updates, RestrainState(state.step + 1)
 
     return optax.GradientTransformation(init, update)
 

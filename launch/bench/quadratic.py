@@ -223,34 +223,39 @@ def torch_layers(images: np.ndarray) -> dict[str, Callable[[], Any]]:
 
 
 def gradient_depth(pairs: int) -> Iterator[dict[str, Any]]:
-    """Gradient norm of the first of 13 convolutions in units of the last's, without any norm, by kind and recipe."""
+    """What happens at depth 13 without recipes: decades between the gradients of ends, and layers until overflow."""
+    depth = 13
     images = jax.random.normal(jax.random.key(0), (16, 16, 16, 16))
-    for kind, initialization in (
-        ("first_order", "kaiming"),
-        ("t3", "kaiming"),
-        ("t4", "kaiming"),
-        ("quadralib", "kaiming"),
-        ("quadralib", "relinear"),
-    ):
+    starts = [(kind, "kaiming") for kind in ("first_order", "t3", "t4", "quadralib")] + [("quadralib", "relinear")]
+    for kind, start in starts:
+        name = f"gradient_depth.{kind}" + ("_relinear" if start == "relinear" else "")
+        for norm in ("batch", None):
+            layer = quadratic.QuadraticConv(16, kind=kind, initialization=start, out_norm=norm, act="relu")
+            grads, sizes = _gradients_by_depth(layer, depth, images)
+            if norm:
+                decades = float(abs(np.log10(grads[0] / grads[-1])))
+                against = f"batch norm and ReLU after each of {depth} layers, {start} start"
+                yield results.case(name, "decades, first to last gradient", decades, better="lower", against=against)
+            else:
+                finite = int(np.isfinite(sizes).sum())
+                against = f"of {depth} layers without norms, {start} start"
+                yield results.case(f"{name}_no_norm", "layers until overflow", finite, better="higher", against=against)
 
-        def loss(params, kind=kind):
-            x = images
-            for layer in params:
-                x = quadratic.conv(layer, jax.nn.relu(x), kind=kind)
-            return jnp.mean(jnp.square(x))
 
-        layer = quadratic.QuadraticConv(16, kind=kind, initialization=initialization)
-        params = [layer.init(key, images)["params"] for key in jax.random.split(jax.random.key(1), 13)]
-        grads = jax.jit(jax.grad(loss))(params)
-        norms = [float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(g)))) for g in grads]
-        start = f", {initialization} start" if initialization != "kaiming" else ""
-        yield results.case(
-            f"gradient_depth.{kind}{'_relinear' if start else ''}",
-            "log10 of first / last gradient norm",
-            float(np.log10(max(norms[0], 1e-45) / norms[-1])) if norms[-1] > 0 else -45.0,
-            better="higher",
-            against=f"13 layers of 16 channels, ReLU before each, no norms{start}",
-        )
+def _gradients_by_depth(layer, depth, images):
+    """Gradient norms of the kernels and standard deviations of the outputs of a stack of such layers."""
+    stack = [jax.jit(layer.init)(key, images) for key in jax.random.split(jax.random.key(1), depth)]
+
+    def loss(params):
+        x, sizes = images, []
+        for own, variables in zip(params, stack, strict=True):
+            x = layer.apply({**variables, "params": own}, x, True, mutable=["batch_stats"])[0]
+            sizes.append(jnp.std(x))
+        return jnp.mean(x * x), jnp.stack(sizes)
+
+    grads, sizes = jax.jit(jax.grad(loss, has_aux=True))([variables["params"] for variables in stack])
+    squares = [sum(np.sum(np.square(v, dtype=np.float64)) for k, v in g.items() if "kernel" in k) for g in grads]
+    return np.sqrt(squares), np.asarray(sizes)
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
