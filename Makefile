@@ -28,6 +28,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m launch.bench.ops --json $(RESULTS)/ops.json
+	$(BIN)/python -m launch.bench.quadratic --json $(RESULTS)/quadratic.json
 
 results: $(STAMP)
 	$(BIN)/python -m launch.bench.results
@@ -42,7 +43,9 @@ gpu:
 	@# torch shares the GPU, so JAX must not take most of it; the benchmarks run even where a test fails.
 	@export JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false; status=0; \
 	$(PYTHON) -m pytest -m gpu -q -p no:cacheprovider $(wildcard tests/*/test_gpu.py) || status=1; \
-	$(PYTHON) -m launch.bench.ops --device gpu --json $(RESULTS)/ops_gpu.json || status=1; exit $$status
+	for room in ops quadratic; do \
+	  $(PYTHON) -m launch.bench.$$room --device gpu --json $(RESULTS)/$${room}_gpu.json || status=1; \
+	done; exit $$status
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
