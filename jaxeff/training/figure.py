@@ -9,12 +9,9 @@ from typing import Any
 
 import numpy as np
 
-# Okabe and Ito's palette for every kind of colour vision, without its yellow, which is too light for a line on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_INK, _SOFT = "#222222", "#5f5f5f"
+from jaxeff import drawing
+
 _DIRECT_LABELS = 7  # with more networks than this, labels would cover the points and a legend is drawn
-_DPI = 150
 
 Curve = Sequence[tuple[float, float]]
 
@@ -32,15 +29,15 @@ def draw_curves(
     Returns:
       The path.
     """
-    figure = _figure(width=4.1 * len(panels) + 0.6, height=3.4)
+    figure = drawing.figure(width=4.1 * len(panels) + 0.6, height=3.4)
     names = list(dict.fromkeys(name for panel in curves for name in panel))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, lines, (key, title) in zip(axes, curves, panels, strict=True):
-        _dress(ax, title)
+        drawing.dress(ax, title)
         for name, points in lines.items():
             if not points:
                 continue
-            colour, marker = _look(names.index(name))
+            colour, marker = drawing.look(names.index(name))
             steps, values = zip(*points, strict=True)
             dots: dict[str, Any] = {"marker": marker, "ms": 4, "mew": 0} if len(points) <= 25 else {}
             ax.plot(steps, values, color=colour, lw=1.8 if len(points) <= 200 else 1.1, zorder=3, **dots)
@@ -49,14 +46,14 @@ def draw_curves(
             _percent_axis(ax, shown)
         elif shown and min(shown) > 0 and max(shown) > 20 * min(shown):
             ax.set_yscale("log")
-            _plain_log_ticks(ax.yaxis, min(shown), max(shown))
+            drawing.plain_log_ticks(ax.yaxis, min(shown), max(shown))
         ax.set_xlabel("step")
         ax.set_xlim(left=0)
-        ax.xaxis.set_major_formatter(lambda value, _: _short(value))
+        ax.xaxis.set_major_formatter(lambda value, _: drawing.short(value))
         ax.xaxis.get_major_locator().set_params(nbins=5, integer=True)
     if len(names) > 1:
-        _legend(figure, axes[0], names)
-    return _save(figure, path)
+        drawing.legend(figure, axes[0], names)
+    return drawing.save(figure, path)
 
 
 def draw_comparison(
@@ -72,16 +69,16 @@ def draw_comparison(
     Returns:
       The path.
     """
-    figure = _figure(width=3.7 * len(panels) + 0.5, height=3.5)
+    figure = drawing.figure(width=3.7 * len(panels) + 0.5, height=3.5)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     heights = [row["accuracy"] for row in rows] + [end for row in rows for end in row.get("accuracy_range") or ()]
     direct = len(rows) <= _DIRECT_LABELS
     for ax, (key, title) in zip(axes, panels, strict=True):
-        _dress(ax, None)
+        drawing.dress(ax, None)
         known = [row for row in rows if row.get(key) is not None]
         costs = [float(row[key]) for row in known]
         for row, cost in zip(known, costs, strict=True):
-            colour, marker = _look([r["name"] for r in rows].index(row["name"]))
+            colour, marker = drawing.look([r["name"] for r in rows].index(row["name"]))
             low, high = row.get("accuracy_range") or (row["accuracy"], row["accuracy"])
             ax.plot([cost, cost], [low, high], color=colour, lw=1.6, alpha=0.55, solid_capstyle="round", zorder=2)
             ax.plot(cost, row["accuracy"], color=colour, marker=marker, ms=8.5, mec="white", mew=0.9, zorder=3)
@@ -94,8 +91,8 @@ def draw_comparison(
         for ax, (key, _) in zip(axes, panels, strict=True):
             _label_points(figure, ax, [(row, float(row[key])) for row in rows if row.get(key) is not None], rows)
     else:
-        _legend(figure, axes[0], [row["name"] for row in rows])
-    return _save(figure, path)
+        drawing.legend(figure, axes[0], [row["name"] for row in rows])
+    return drawing.save(figure, path)
 
 
 def draw_sheets(
@@ -121,40 +118,19 @@ def draw_sheets(
             raise ValueError(f"sheets[{title!r}]: {len(images)} images do not fill rows of columns={columns}")
     pictures = {title: _tiled(images, columns) for title, images in sheets.items()}
     height, width = next(iter(pictures.values())).shape[:2]
-    figure = _figure(width=4.0 * len(pictures) + 0.3, height=4.0 * height / width + 0.75)
+    figure = drawing.figure(width=4.0 * len(pictures) + 0.3, height=4.0 * height / width + 0.75)
     axes = figure.subplots(1, len(pictures), squeeze=False)[0]
     for ax, (title, picture) in zip(axes, pictures.items(), strict=True):
         # Whole pixels of the image are many pixels of the figure, so nothing is blurred.
         ax.imshow(picture, interpolation="nearest", interpolation_stage="rgba")
-        ax.set_title(title, loc="left", fontsize=10.5, color=_INK, pad=8)
+        ax.set_title(title, loc="left", fontsize=10.5, color=drawing.INK, pad=8)
         ax.set_axis_off()
         if captions and title in captions:
-            ax.text(0, -0.02, captions[title], transform=ax.transAxes, va="top", fontsize=9, color=_SOFT)
-    return _save(figure, path)
+            ax.text(0, -0.02, captions[title], transform=ax.transAxes, va="top", fontsize=9, color=drawing.SOFT)
+    return drawing.save(figure, path)
 
 
 # ---- Parts of a figure ----------------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise ImportError('figures need matplotlib: pip install "jaxeff[train]"') from error
-    layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.09)
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout=layout, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: pathlib.Path) -> pathlib.Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=_DPI)
-    temporary.replace(path)
-    return path
 
 
 def _tiled(images: np.ndarray, columns: int) -> np.ndarray:
@@ -166,42 +142,10 @@ def _tiled(images: np.ndarray, columns: int) -> np.ndarray:
     return np.broadcast_to(picture, (*picture.shape[:2], 3))
 
 
-def _dress(ax: Any, title: str | None) -> None:
-    ax.grid(True, color="#e6e6e6", lw=0.8, zorder=0)
-    ax.set_axisbelow(True)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color("#b0b0b0")
-    ax.tick_params(colors=_SOFT, labelsize=9, length=3)
-    ax.xaxis.label.set(color=_INK, size=10)
-    ax.yaxis.label.set(color=_INK, size=10)
-    if title:
-        ax.set_title(title, loc="left", fontsize=10.5, color=_INK, pad=8)
-
-
-def _look(index: int) -> tuple[str, str]:
-    # The marker moves on when the colours start again, so no two networks of 49 look alike.
-    turn = index // len(_COLOURS)
-    return _COLOURS[index % len(_COLOURS)], _MARKERS[(index + turn) % len(_MARKERS)]
-
-
 def _darker(colour: str) -> str:
     """The colour for text, which needs more contrast with white than a marker."""
     channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(0.72 * channel):02x}" for channel in channels)
-
-
-def _legend(figure: Any, ax: Any, names: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=_look(i)[0], marker=_look(i)[1], ms=5, mew=0, lw=1.8, label=name)
-        for i, name in enumerate(names)
-    ]
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(len(names), 5), frameon=False, fontsize=9, labelcolor=_INK
-    )
 
 
 def _percent_axis(ax: Any, values: Sequence[float]) -> None:
@@ -225,30 +169,11 @@ def _cost_axis(ax: Any, costs: Sequence[float]) -> None:
         ax.set_xscale("log")
         room = (high / low) ** 0.18
         ax.set_xlim(low / room, high * room)
-        _plain_log_ticks(ax.xaxis, low / room, high * room)
+        drawing.plain_log_ticks(ax.xaxis, low / room, high * room)
     else:
         ax.set_xlim(0, high * 1.25 or 1)
         ax.xaxis.get_major_locator().set_params(nbins=5)
-        ax.xaxis.set_major_formatter(lambda value, _: _short(value))
-
-
-def _plain_log_ticks(axis: Any, low: float, high: float) -> None:
-    """Ticks at 1, 2, 5 of each decade while there is room, written as plain numbers (20k, 1M)."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-
-    decades = math.log10(high / low)
-    multiples = (1.0, 2.0, 5.0) if decades <= 2 else (1.0, 3.0) if decades <= 3 else (1.0,)
-    axis.set_major_locator(LogLocator(base=10, subs=multiples, numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _short(value: float) -> str:
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{suffix}"
-    return f"{value:.3g}"
+        ax.xaxis.set_major_formatter(lambda value, _: drawing.short(value))
 
 
 def _label_points(figure: Any, ax: Any, points: Sequence[tuple[Mapping[str, Any], float]], rows: Sequence[Any]) -> None:
@@ -277,7 +202,7 @@ def _label_points(figure: Any, ax: Any, points: Sequence[tuple[Mapping[str, Any]
         for x, y, horizontal, vertical in places:
             text = ax.annotate(
                 row["name"], (cost, row["accuracy"]), (x, y), textcoords="offset points", ha=horizontal, va=vertical,
-                fontsize=8.5, color=_darker(_look(names.index(row["name"]))[0]), zorder=4,
+                fontsize=8.5, color=_darker(drawing.look(names.index(row["name"]))[0]), zorder=4,
                 path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )  # fmt: skip
             box = text.get_window_extent(renderer)
