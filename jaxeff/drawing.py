@@ -63,17 +63,19 @@ def look(index: int) -> tuple[str, str]:
     return COLOURS[index % len(COLOURS)], MARKERS[(index + turn) % len(MARKERS)]
 
 
-def legend(figure: Any, ax: Any, names: Sequence[str]) -> None:
-    """Puts a legend of networks above the axes of a figure."""
+def legend(figure: Any, names: Sequence[str], *, lines: bool = True) -> None:
+    """Puts a legend of networks above the axes of a figure: of lines with markers, or of filled areas."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=look(i)[0], marker=look(i)[1], ms=5, mew=0, lw=1.8, label=name)
-        for i, name in enumerate(names)
-    ]
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(len(names), 5), frameon=False, fontsize=9, labelcolor=INK
-    )
+    handles = []
+    for index, name in enumerate(names):
+        colour, marker = look(index)
+        style: dict[str, Any] = {"marker": marker, "ms": 5, "lw": 1.8} if lines else {"marker": "s", "ms": 8, "lw": 0}
+        handles.append(Line2D([], [], color=colour, mew=0, label=name, **style))
+    # A letter takes about 0.08 inches, line and space around it 0.7.
+    fitting = int(figure.get_figwidth() / (0.08 * max(map(len, names)) + 0.7))
+    columns = max(1, min(len(names), 5, fitting))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=INK)
 
 
 def plain_log_ticks(axis: Any, low: float, high: float) -> None:

@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.batch_size, config.steps, width = 32, 2, 0.125
     config.networks.vgg16 = network("vgg16", width=width)
     config.networks.vgg7 = network("vgg7", width=width)
-    config.networks.qvgg7 = network("vgg7", kind="quadralib", branch_norm="batch", width=width)
+    config.networks.qvgg7 = network("vgg7", kind="quadralib", branch_norm="batch", save="x", width=width)
     config.optimizer = sgd(0.1, end=1e-4)
     config.augment.update({"crop": 4, "flip": True})
     config.log_every = 50

@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     options = {"shortcut": "projection", "width": width}
     config.networks.resnet32 = network("resnet32", **options)
     config.networks.resnet14 = network("resnet14", **options)
-    config.networks.qresnet14 = network("resnet14", kind="quadralib", branch_norm="batch", **options)
+    config.networks.qresnet14 = network("resnet14", kind="quadralib", branch_norm="batch", save="x", **options)
     config.optimizer = sgd(0.1, end=1e-4)
     config.augment.update({"crop": 4, "flip": True})
     config.log_every = 50

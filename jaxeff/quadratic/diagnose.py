@@ -151,7 +151,7 @@ def layer_statistics(network: nn.Module, variables: Mapping[str, Any], images: j
     return statistics
 
 
-def kernel_histograms(tree: Mapping[str, Any], bins: int = 61) -> dict[str, dict[str, Histogram]]:
+def kernel_histograms(tree: Mapping[str, Any], bins: int = 41) -> dict[str, dict[str, Histogram]]:
     """Histograms of the kernels of every layer, or of their gradients.
 
     Args:

@@ -44,7 +44,7 @@ def draw_activation_parts(images: Any, parts: ActivationParts, path: Path, *, la
 
 
 def draw_maps(images: Any, maps: Mapping[str, Any], path: Path, *, layer: str = "") -> pathlib.Path:
-    """Draws every image beside maps of where a network looks, over the image in grey.
+    """Draws every image beside maps of where a network looks, each scaled to its own maximum.
 
     Args:
       images: as in `draw_activation_parts`.
@@ -59,8 +59,7 @@ def draw_maps(images: Any, maps: Mapping[str, Any], path: Path, *, layer: str = 
     for row, image, *values in zip(axes, np.asarray(images), *map(np.asarray, maps.values()), strict=True):
         _picture(row[0], image)
         for ax, amount in zip(row[1:], values, strict=True):
-            ax.imshow(_stretched(image).mean(-1), cmap="gray", vmin=0, vmax=1)
-            shown = ax.imshow(amount / (amount.max() or 1), cmap="viridis", vmin=0, vmax=1, alpha=0.72)
+            shown = ax.imshow(amount / (amount.max() or 1), cmap="viridis", vmin=0, vmax=1, interpolation="bicubic")
         _bar(figure, shown, row[1:], "share of maximum")
     figure.suptitle(_titled("Where the network looks", layer), x=0.01, ha="left", fontsize=11.5, color=drawing.INK)
     return drawing.save(figure, pathlib.Path(path))
@@ -88,13 +87,15 @@ def draw_histograms(
         drawing.dress(ax, layer)
         for name, histogram in kernels.items():
             colour, _ = drawing.look(names.index(name))
-            ax.stairs(histogram.counts, histogram.edges, color=colour, lw=1.5, zorder=3)
-            ax.stairs(histogram.counts, histogram.edges, color=colour, fill=True, alpha=0.12, zorder=2)
+            ax.stairs(histogram.counts, histogram.edges, color=colour, lw=1.3, zorder=3)
         ax.set_yscale("log")
-        ax.set_ylim(bottom=0.7)
+        highest = max(int(histogram.counts.max()) for histogram in kernels.values())
+        # Room above for the text, which a logarithm makes a factor.
+        ax.set_ylim(0.7, 6 * max(highest, 2))
+        drawing.plain_log_ticks(ax.yaxis, 0.7, 1000 * max(highest, 2))
         ax.xaxis.get_major_locator().set_params(nbins=4)
         ax.xaxis.set_major_formatter(lambda value, _: drawing.short(value))
-        lines = [f"rms {name}: {drawing.short(histogram.rms)}" for name, histogram in kernels.items()]
+        lines = [f"{name}: rms {drawing.short(h.rms)}, kurtosis {h.kurtosis:.1f}" for name, h in kernels.items()]
         ax.text(
             0.98, 0.97, "\n".join(lines), transform=ax.transAxes, ha="right", va="top", fontsize=7, color=drawing.SOFT
         )
@@ -104,7 +105,7 @@ def draw_histograms(
         ax.set_xlabel(of)
     for ax in axes[::columns]:
         ax.set_ylabel(f"{of}s per interval")
-    drawing.legend(figure, axes[0], names)
+    drawing.legend(figure, [f"projection {name}" for name in names], lines=False)
     return drawing.save(figure, pathlib.Path(path))
 
 
@@ -142,7 +143,7 @@ def draw_layer_statistics(statistics: Mapping[str, LayerStatistics], path: Path)
             ratio.text(place, 0, "no first-\norder part", ha="center", va="bottom", fontsize=7, color=drawing.SOFT)
     for ax in (rms, kurtosis, ratio):
         _layer_axis(ax, layers)
-    drawing.legend(figure, rms, names)
+    drawing.legend(figure, [f"projection {name}" for name in names])
     return drawing.save(figure, pathlib.Path(path))
 
 
@@ -167,7 +168,7 @@ def draw_gradient_norms(norms: Mapping[str, GradientNorms], path: Path) -> pathl
     longest = max(norms.values(), key=lambda found: len(found.layers)).layers
     _layer_axis(ax, longest)
     ax.set_ylabel("Euclidean norm")
-    drawing.legend(figure, ax, [f"{name} (last / first {drawing.short(found.ratio)})" for name, found in norms.items()])
+    drawing.legend(figure, [f"{name}: {_ratio(found)}" for name, found in norms.items()])
     return drawing.save(figure, pathlib.Path(path))
 
 
@@ -205,7 +206,7 @@ def draw_memory(reports: Mapping[str, MemoryReport], path: Path) -> pathlib.Path
         ax.set_ylabel("MiB per example")
         ax.grid(False, axis="x")
     totals.margins(y=0.12)
-    drawing.legend(figure, by_layer, list(reports))
+    drawing.legend(figure, list(reports), lines=False)
     return drawing.save(figure, pathlib.Path(path))
 
 
@@ -247,7 +248,7 @@ def _bar(figure: Any, shown: Any, axes: Any, label: str) -> None:
 def _log_axis(ax: Any, values: Sequence[float]) -> None:
     """A logarithmic axis with plain numbers, where the values differ enough for it."""
     shown = [value for value in values if math.isfinite(value) and value > 0]
-    if not shown or max(shown) < 3 * min(shown):
+    if not shown or max(shown) < 10 * min(shown):
         ax.set_ylim(bottom=0)
         return
     ax.set_yscale("log")
@@ -263,6 +264,11 @@ def _layer_axis(ax: Any, layers: Sequence[str]) -> None:
     if turned:
         for label in ax.get_xticklabels():
             label.set_rotation_mode("anchor")
+
+
+def _ratio(found: GradientNorms) -> str:
+    finite = np.isfinite(found.norms).all()
+    return f"last / first {drawing.short(found.ratio)}" if finite else "not finite"
 
 
 def _titled(text: str, layer: str) -> str:

@@ -52,7 +52,7 @@ def draw_curves(
         ax.xaxis.set_major_formatter(lambda value, _: drawing.short(value))
         ax.xaxis.get_major_locator().set_params(nbins=5, integer=True)
     if len(names) > 1:
-        drawing.legend(figure, axes[0], names)
+        drawing.legend(figure, names)
     return drawing.save(figure, path)
 
 
@@ -91,7 +91,7 @@ def draw_comparison(
         for ax, (key, _) in zip(axes, panels, strict=True):
             _label_points(figure, ax, [(row, float(row[key])) for row in rows if row.get(key) is not None], rows)
     else:
-        drawing.legend(figure, axes[0], [row["name"] for row in rows])
+        drawing.legend(figure, [row["name"] for row in rows])
     return drawing.save(figure, path)
 
 
