@@ -1,0 +1,31 @@
+"""From a VGG of nine convolutions on Fashion-MNIST to a smaller quadratic network.
+
+    JAXEFF_DATA=DIR python -m launch.convert --config=configs/quadratic/convert_vgg.py --workdir=runs/convert
+
+With --config.source=runs/NAME a network trained by `launch.train` on the same images is converted instead.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.classification import network
+from configs.conversion import base, stage
+
+# Several convolutions in every stage, so that there is depth to take away.
+PLAN = (8, 8, 8, "M", 16, 16, 16, "M", 32, 32, 32)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`:smoke` finishes in seconds on 256 images."""
+    config = base("fashion_mnist")
+    config.network = network("vgg", plan=PLAN)
+    config.training.source = stage(5, 0.1)
+    config.training.quadratic = stage(1, 0.02)
+    config.training.reduced = stage(5, 0.05)
+    config.augment.update({"crop": 2, "flip": True})
+    if arg == "smoke":
+        config.train_split, config.score_split, config.test_split = "train[:256]", "train[256:320]", "test[:256]"
+        config.network.options.plan = (4, 4, "M", 8, 8)
+        config.batch_size, config.score.masks = 64, 2
+        for name in config.training:
+            config.training[name] = stage(1, 0.05, warmup=1)
+    return config

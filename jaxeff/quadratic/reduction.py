@@ -1,0 +1,224 @@
+"""Fewer and smaller layers: what is expensive and unimportant is taken out of an architecture."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxeff import costs, spec
+from jaxeff.quadratic import kinds
+from jaxeff.quadratic.importance import Scores, ri, shares
+from jaxeff.quadratic.transplant import weighted_layers
+from jaxeff.spec import DEPTHWISE, Architecture, Conv, Dense, Residual
+
+BUDGETS: tuple[str, ...] = ("params", "macs", "residual_bytes")
+
+
+class Reduction(NamedTuple):
+    """A reduced architecture.
+
+    Attributes:
+      architecture: the architecture.
+      cost: its costs, what `costs_of` says of it in total.
+      steps: what was done, in order: (action, the name of the layer or block, costs after it).
+    """
+
+    architecture: Architecture
+    cost: costs.LayerCost
+    steps: tuple[tuple[str, str, costs.LayerCost], ...]
+
+
+def reduce(
+    architecture: Architecture,
+    scores: Scores,
+    budget: Mapping[str, float],
+    costs_of: Callable[[Architecture], costs.CostReport],
+    *,
+    reference: costs.LayerCost | None = None,
+    actions: Sequence[str] = ("remove",),
+) -> Reduction:
+    """Takes away what has the highest RI until a network fits its budget.
+
+    What is taken away is a layer, a residual block as a whole, or a depthwise and the pointwise convolution behind it,
+    whose parameters, MACs and losses are added up. The shares are those of the network as it is by then.
+
+    Args:
+      architecture: the network.
+      scores: of its layers.
+      budget: the most that "params", "macs" and "residual_bytes" may be: an integer is a number, a float a fraction of
+        the reference's.
+      costs_of: architecture -> its costs; with residuals where they have a budget. Rows are called
+        "<network>/<path>/...", as those of `jaxeff.models.Network` are.
+      reference: what fractions refer to, for example `costs_of(first_order).total`.
+      actions: what to do, the first that is possible for the highest RI: "remove"; "revert" (to first order, its norm
+        behind it); "shrink" (to half its width; of a residual block the width inside). What is removed where the shape
+        changes is merged with the next layer or block, which takes over its stride and shortcut.
+
+    Returns:
+      The architecture with what was done. Give it weights by `transplant`.
+
+    Raises:
+      ValueError: for an unknown budget or action, scores of other layers, a fraction without a reference, or a budget
+        that cannot be met: the smallest reachable network is named.
+    """
+    limits = _limits(budget, reference)
+    if not actions or (unknown := sorted(set(actions) - set(ACTIONS))):
+        raise ValueError(f"actions must be some of {', '.join(map(repr, ACTIONS))}, got {tuple(actions)}")
+    drops = {row.layer: row.drop for row in scores.rows}
+    if unknown := sorted(set(drops) - {path for path, _ in weighted_layers(architecture)}):
+        raise ValueError(f"scores are of layers that {architecture.name!r} does not have: {', '.join(unknown)}")
+    report = costs_of(architecture)
+    if "residual_bytes" in limits and report.total.residual_bytes is None:
+        raise ValueError("budget has residual_bytes, but costs_of does not count them; analyze with residuals=True")
+    steps: list[tuple[str, str, costs.LayerCost]] = []
+    while any(getattr(report.total, name) > limit for name, limit in limits.items()):
+        step = _next_step(architecture, drops, report, costs_of, limits, actions)
+        if step is None:
+            reached = ", ".join(f"{name} {getattr(report.total, name):,} (budget {limits[name]:,})" for name in limits)
+            raise ValueError(
+                f"budget {dict(budget)} cannot be met: the smallest network that actions={tuple(actions)} reach from "
+                f"{architecture.name!r} has {reached}; allow more or further actions of {', '.join(ACTIONS)}"
+            )
+        action, name, architecture, report = step
+        steps.append((action, name, report.total))
+    return Reduction(architecture, report.total, tuple(steps))
+
+
+def _next_step(architecture, drops, report, costs_of, limits, actions):
+    def rank(unit):
+        params_share, macs_share = shares(report, unit.paths)
+        share = params_share * macs_share
+        return ri(share, sum(drops.get(path, 0.0) for path in unit.paths)), share
+
+    units = _units(architecture, drops)
+    for unit in sorted(units, key=rank, reverse=True):
+        for action in actions:
+            if (smaller := ACTIONS[action](architecture, unit)) is None:
+                continue
+            after = costs_of(smaller)
+            if all(getattr(after.total, name) <= getattr(report.total, name) for name in limits):
+                return action, unit.names[-1], smaller, after
+    return None
+
+
+class _Unit(NamedTuple):
+    """Neighbouring top-level layers that are removed together, and the paths of the weighted layers inside."""
+
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+
+
+def _units(architecture: Architecture, scored: Mapping[str, float]) -> list[_Unit]:
+    units: list[_Unit] = []
+    layers = list(architecture.layers)
+    while layers:
+        layer = layers.pop(0)
+        members = [layer]
+        if isinstance(layer, Conv) and layer.groups == DEPTHWISE and layers and _pointwise(layers[0]):
+            members.append(layers.pop(0))
+        names = tuple(member.name for member in members)
+        paths = tuple(path for path, _ in weighted_layers(architecture) if path.split("/")[0] in names)
+        if any(path in scored for path in paths):
+            units.append(_Unit(names, paths))
+    return units
+
+
+def _pointwise(layer: Any) -> bool:
+    return isinstance(layer, Conv) and layer.kernel == (1, 1) and layer.groups == 1
+
+
+def _removed(architecture: Architecture, unit: _Unit) -> Architecture | None:
+    """Without a unit; where it changes the shape, the next one does it in its place. None where that is impossible."""
+    shapes = spec.shapes(architecture)
+    names = [layer.name for layer in architecture.layers]
+    first, last = (names.index(name) for name in (unit.names[0], unit.names[-1]))
+    gone = architecture.layers[first : last + 1]
+    before, after = shapes[unit.names[0]].input, shapes[unit.names[-1]].output
+    weighted = [layer for layer in architecture.layers if isinstance(layer, Conv | Dense | Residual)]
+    if all(layer.name in unit.names or getattr(layer, "role", "body") != "body" for layer in weighted):
+        return None  # nothing would be left
+    try:
+        if before != after:
+            index = next((i for i in range(last + 1, len(names)) if architecture.layers[i] in weighted), None)
+            if index is None:
+                return None
+            layers = list(architecture.layers)
+            layers[index] = _taking_over(layers[index], gone, shapes)
+            architecture = dataclasses.replace(architecture, layers=tuple(layers))
+        return spec.remove(architecture, *unit.names)
+    except ValueError:
+        return None
+
+
+def _taking_over(layer: Any, gone: Sequence[Any], shapes: Mapping[str, spec.Shape]) -> Any:
+    """A layer that also does the stride of those that go, and what their shortcut did."""
+    inside = [conv for removed in gone for conv in (removed.body if isinstance(removed, Residual) else (removed,))]
+    vertical = horizontal = 1
+    for conv in inside:
+        if isinstance(conv, Conv):
+            vertical, horizontal = vertical * conv.strides[0], horizontal * conv.strides[1]
+
+    def strided(conv):
+        return dataclasses.replace(conv, strides=(vertical * conv.strides[0], horizontal * conv.strides[1]))
+
+    if isinstance(layer, Residual):
+        shortcut = layer.shortcut
+        if isinstance(shortcut, Conv):
+            shortcut = strided(shortcut)
+        elif shortcut == "identity":
+            shortcut = next((r.shortcut for r in gone if isinstance(r, Residual)), shortcut)
+            if isinstance(shortcut, Conv):
+                shortcut = dataclasses.replace(shortcut, features=shapes[layer.name].output[-1])
+        body = (strided(layer.body[0]) if isinstance(layer.body[0], Conv) else layer.body[0], *layer.body[1:])
+        return dataclasses.replace(layer, body=body, shortcut=shortcut)
+    return strided(layer) if isinstance(layer, Conv) else layer
+
+
+def _reverted(architecture: Architecture, unit: _Unit) -> Architecture | None:
+    """With first-order layers in a unit; None where they are that already."""
+
+    def first_order(layer):
+        return dataclasses.replace(layer, kind="first_order", branch_norm=None, norm=layer.norm or layer.branch_norm)
+
+    if all(layer.kind == "first_order" for path, layer in weighted_layers(architecture) if path in unit.paths):
+        return None
+    return spec.edit(architecture, first_order, lambda path, layer: path in unit.paths and layer.kind != "first_order")
+
+
+def _shrunk(architecture: Architecture, unit: _Unit) -> Architecture | None:
+    """With half the width of a unit, of a residual block inside of it; None where that is impossible."""
+    layers = dict(weighted_layers(architecture))
+    block = next(layer for layer in architecture.layers if layer.name == unit.names[0])
+    if isinstance(block, Residual):
+        body = [f"{block.name}/{layer.name}" for layer in block.body]
+        paths = [path for path in body if path in layers][:-1]
+    else:
+        paths = [unit.paths[-1]]
+    widths = {path: layers[path].features // 2 for path in paths}
+    try:
+        for path, features in widths.items():
+            kinds.get(layers[path].kind).neurons(features)
+        return spec.shrink(architecture, widths) if widths else None
+    except ValueError:
+        return None
+
+
+ACTIONS: dict[str, Callable[[Architecture, _Unit], Architecture | None]] = {
+    "remove": _removed,
+    "revert": _reverted,
+    "shrink": _shrunk,
+}
+
+
+def _limits(budget: Mapping[str, float], reference: costs.LayerCost | None) -> dict[str, int]:
+    if not budget or not set(budget) <= set(BUDGETS):
+        raise ValueError(f"budget must have some of {', '.join(BUDGETS)}, got {sorted(budget)}")
+    limits = {}
+    for name, value in budget.items():
+        if isinstance(value, float):
+            if reference is None or getattr(reference, name) is None:
+                raise ValueError(f"budget {name}={value} is a fraction; pass reference= with its {name}, or an integer")
+            value = int(value * getattr(reference, name))
+        if value < 1:
+            raise ValueError(f"budget {name} must be at least 1, got {value}")
+        limits[name] = value
+    return limits
