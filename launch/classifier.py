@@ -71,9 +71,9 @@ def method(module: models.Network, config: Mapping[str, Any], dataset: data.Data
 def optimizer(module: models.Network, config: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
     """Builds the optimiser of a config, with its restraint of quadratic parameters where that changes anything."""
     tx = training.optimizer_from(config["optimizer"], steps)
-    restraint = dict(config["restrain"])
+    restraint = dict(config.get("restrain", {}))
     check_fields("restrain", restraint, ("gamma", "shrink"))
-    if restraint == {"gamma": 1.0, "shrink": 1.0}:
+    if all(factor == 1 for factor in restraint.values()):
         return tx
     images = jnp.zeros((1, *module.architecture.input_shape))
     params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
