@@ -191,7 +191,7 @@ def gradient_norms(
     loss: Callable[[jax.Array], jax.Array],
     *,
     train: bool = True,
-    rngs: Mapping[str, jax.Array] | None = None,
+    rngs: dict[str, jax.Array] | None = None,
 ) -> GradientNorms:
     """Norm of the gradient by depth, which shows gradients that vanish or explode.
 

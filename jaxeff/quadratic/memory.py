@@ -15,7 +15,6 @@ top. An input that several layers read counts once.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -142,10 +141,9 @@ def residual_bytes(layer: QuadraticConv | QuadraticDense, x: Any) -> int:
     if layer.save == "ab":
         return kept + values * x.dtype.itemsize
     wide = jnp.promote_types(x.dtype, jnp.float32).itemsize
-    kept += _KEPT_BY_NORM[layer.branch_norm] * values * wide + _KEPT_BY_NORM[layer.out_norm] * math.prod(y.shape) * wide
-    kept += _kept_of_one(activation(layer.branch_act)) * values + _kept_of_one(activation(layer.act)) * math.prod(
-        y.shape
-    )
+    outputs = math.prod(y.shape)
+    kept += wide * (_KEPT_BY_NORM[layer.branch_norm] * values + _KEPT_BY_NORM[layer.out_norm] * outputs)
+    kept += _kept_of_one(layer.branch_act) * values + _kept_of_one(layer.act) * outputs
     return kept + _kept_by_combining(kind) * neurons
 
 
@@ -182,9 +180,10 @@ def compiled_slope(layer: QuadraticConv | QuadraticDense, x: Any, depths: tuple[
     sizes = []
     for depth in depths:
         stacked = jax.tree.map(lambda p, d=depth: jax.ShapeDtypeStruct((d, *p.shape), p.dtype), variables["params"])
-        sizes.append(costs.compiled(jax.grad(loss), stacked, x).temp_bytes)
-    if None in sizes:
-        raise ValueError(f"backend {jax.default_backend()!r} does not say how much memory a program needs")
+        size = costs.compiled(jax.grad(loss), stacked, x).temp_bytes
+        if size is None:
+            raise ValueError(f"backend {jax.default_backend()!r} does not say how much memory a program needs")
+        sizes.append(size)
     return (sizes[1] - sizes[0]) / (depths[1] - depths[0])
 
 
@@ -222,7 +221,7 @@ def _with_surroundings(network, rows, x):
         elif isinstance(layer, spec.Dropout) and layer.rate:
             kept = size
         elif isinstance(layer, spec.Residual):
-            kept = _kept_of_one(activation(layer.act)) * size
+            kept = _kept_of_one(layer.act) * size
         if path in by_name:
             result.append(by_name[path])
         elif kept:
@@ -238,11 +237,10 @@ def _kept_by_combining(kind: kinds.Kind) -> int:
     return report.total.residual_bytes or 0
 
 
-def _kept_of_one(function: Callable[[jax.Array], jax.Array]) -> int:
-    """Bytes that the derivative of an element-wise function keeps for one float32."""
-    return (
-        costs.analyze(function, jax.ShapeDtypeStruct((1,), jnp.float32), params_argnum=None).total.residual_bytes or 0
-    )
+def _kept_of_one(act: str | None) -> int:
+    """Bytes that the derivative of an activation keeps for one float32."""
+    one = jax.ShapeDtypeStruct((1,), jnp.float32)
+    return costs.analyze(activation(act), one, params_argnum=None).total.residual_bytes or 0
 
 
 def _nbytes(array: Any) -> int:
