@@ -11,6 +11,7 @@ it stopped.
 
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -165,7 +166,8 @@ def conversion(
         SOURCE: {"accuracy": source.accuracy, **counted(reference)},
         "transplanted": {"accuracy": same, "largest_logit_difference": difference},
         QUADRATIC: {"accuracy": whole.accuracy, **counted(costs_of(full).total)},
-        "scores": [row._asdict() for row in scores.rows],
+        # JSON has no infinity.
+        "scores": [{**row._asdict(), "ri": row.ri if math.isfinite(row.ri) else None} for row in scores.rows],
         "steps": [{"action": action, "name": name, **counted(cost)} for action, name, cost in left.steps],
         REDUCED: {
             "accuracy_before_training": before,
@@ -343,6 +345,7 @@ def described(cost: costs.LayerCost, reference: costs.LayerCost) -> str:
 
 
 def has_kind(layer: Any) -> bool:
+    """Whether a layer has neurons."""
     return isinstance(layer, spec.Conv | spec.Dense)
 
 

@@ -10,17 +10,18 @@ from ml_collections import ConfigDict
 from configs.classification import network
 from configs.conversion import base, stage
 
-# Several convolutions in every stage, so that there is depth to take away.
-PLAN = (8, 8, 8, "M", 16, 16, 16, "M", 32, 32, 32)
+# Several convolutions in every stage but the first, whose maps are large, so that there is depth to take away.
+PLAN = (8, "M", 16, 16, 16, 16, "M", 32, 32, 32, 32)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`:smoke` finishes in seconds on 256 images."""
     config = base("fashion_mnist")
     config.network = network("vgg", plan=PLAN)
-    config.training.source = stage(5, 0.1)
-    config.training.quadratic = stage(1, 0.02)
-    config.training.reduced = stage(5, 0.05)
+    config.actions = ("revert", "remove")
+    config.training.source = stage(4, 0.1)
+    config.training.quadratic = stage(0.5, 0.02)
+    config.training.reduced = stage(4, 0.05)
     config.augment.update({"crop": 2, "flip": True})
     if arg == "smoke":
         config.train_split, config.score_split, config.test_split = "train[:256]", "train[256:320]", "test[:256]"
