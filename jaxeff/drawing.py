@@ -72,8 +72,8 @@ def legend(figure: Any, names: Sequence[str], *, lines: bool = True) -> None:
         colour, marker = look(index)
         style: dict[str, Any] = {"marker": marker, "ms": 5, "lw": 1.8} if lines else {"marker": "s", "ms": 8, "lw": 0}
         handles.append(Line2D([], [], color=colour, mew=0, label=name, **style))
-    # A letter takes about 0.08 inches, line and space around it 0.7.
-    fitting = int(figure.get_figwidth() / (0.08 * max(map(len, names)) + 0.7))
+    # In inches: a letter of this size, and the line with the space around it.
+    fitting = int(figure.get_figwidth() / (0.065 * max(map(len, names)) + 0.6))
     columns = max(1, min(len(names), 5, fitting))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=INK)
 

@@ -90,9 +90,10 @@ def draw_histograms(
             ax.stairs(histogram.counts, histogram.edges, color=colour, lw=1.3, zorder=3)
         ax.set_yscale("log")
         highest = max(int(histogram.counts.max()) for histogram in kernels.values())
-        # Room above for the text, which a logarithm makes a factor.
-        ax.set_ylim(0.7, 6 * max(highest, 2))
-        drawing.plain_log_ticks(ax.yaxis, 0.7, 1000 * max(highest, 2))
+        # Room above for the lines of text: that share of an axis whose logarithm is even.
+        top = 0.7 * (max(highest, 2) / 0.7) ** (1 / (1 - min(0.06 + 0.08 * len(kernels), 0.6)))
+        ax.set_ylim(0.7, top)
+        drawing.plain_log_ticks(ax.yaxis, 0.7, 1000 * top)
         ax.xaxis.get_major_locator().set_params(nbins=4)
         ax.xaxis.set_major_formatter(lambda value, _: drawing.short(value))
         lines = [f"{name}: rms {drawing.short(h.rms)}, kurtosis {h.kurtosis:.1f}" for name, h in kernels.items()]
@@ -159,7 +160,7 @@ def draw_gradient_norms(norms: Mapping[str, GradientNorms], path: Path) -> pathl
     """
     figure = drawing.figure(width=7.2, height=4.0)
     ax = figure.subplots()
-    drawing.dress(ax, "gradient of the loss by each layer's kernels")
+    drawing.dress(ax, "gradient of the loss by each layer's kernels (in brackets: last / first)")
     for index, found in enumerate(norms.values()):
         colour, marker = drawing.look(index)
         values = np.where(found.norms > 0, found.norms, math.nan)
@@ -168,7 +169,7 @@ def draw_gradient_norms(norms: Mapping[str, GradientNorms], path: Path) -> pathl
     longest = max(norms.values(), key=lambda found: len(found.layers)).layers
     _layer_axis(ax, longest)
     ax.set_ylabel("Euclidean norm")
-    drawing.legend(figure, [f"{name}: {_ratio(found)}" for name, found in norms.items()])
+    drawing.legend(figure, [f"{name} ({_ratio(found)})" for name, found in norms.items()])
     return drawing.save(figure, pathlib.Path(path))
 
 
@@ -188,6 +189,9 @@ def draw_memory(reports: Mapping[str, MemoryReport], path: Path) -> pathlib.Path
     drawing.dress(by_layer, "kept for the backward pass, by layer")
     drawing.dress(totals, "whole gradient")
     width = 0.8 / len(reports)
+    groups = ["kept,\nby formula", "kept,\ntraced", "temporaries,\ncompiled"]
+    if all(report.compiled is None for report in reports.values()):
+        groups = groups[:2]
     for index, report in enumerate(reports.values()):
         colour, _ = drawing.look(index)
         shift = (index - (len(reports) - 1) / 2) * width
@@ -196,12 +200,12 @@ def draw_memory(reports: Mapping[str, MemoryReport], path: Path) -> pathlib.Path
         by_layer.bar([place + shift for place in range(len(layers))], heights, width, color=colour, zorder=3)
         temporaries = None if report.compiled is None else report.compiled.temp_bytes
         sums = (report.analytic_bytes, report.traced.total.residual_bytes, temporaries)
-        sizes = [math.nan if size is None else size / report.batch / 2**20 for size in sums]
-        bars = totals.bar([place + shift for place in range(3)], sizes, width, color=colour, zorder=3)
+        sizes = [math.nan if size is None else size / report.batch / 2**20 for size in sums[: len(groups)]]
+        bars = totals.bar([place + shift for place in range(len(groups))], sizes, width, color=colour, zorder=3)
         labels = ["" if math.isnan(size) else f"{size:.2f}" for size in sizes]
         totals.bar_label(bars, labels, padding=2, fontsize=8, color=drawing.SOFT)
     _layer_axis(by_layer, layers)
-    totals.set_xticks(range(3), ["kept,\nby formula", "kept,\ntraced", "temporaries,\ncompiled"])
+    totals.set_xticks(range(len(groups)), groups)
     for ax in (by_layer, totals):
         ax.set_ylabel("MiB per example")
         ax.grid(False, axis="x")
@@ -268,7 +272,7 @@ def _layer_axis(ax: Any, layers: Sequence[str]) -> None:
 
 def _ratio(found: GradientNorms) -> str:
     finite = np.isfinite(found.norms).all()
-    return f"last / first {drawing.short(found.ratio)}" if finite else "not finite"
+    return drawing.short(found.ratio) if finite else "not finite"
 
 
 def _titled(text: str, layer: str) -> str:
