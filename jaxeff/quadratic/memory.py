@@ -156,8 +156,8 @@ def compiled_slope(layer: QuadraticConv | QuadraticDense, x: Any, depths: tuple[
       depths: two depths to compile.
 
     Returns:
-      (temporary bytes at the second depth - at the first) / difference of the depths. It includes what every layer
-      must have whatever it keeps: nothing else but the residuals grows with the depth.
+      (temporary bytes at the second depth - at the first) / difference of the depths: what layers keep, as nothing
+      else grows with their number.
 
     Raises:
       ValueError: if the layer changes the shape, or the backend does not say how much memory it needs.
@@ -171,7 +171,7 @@ def compiled_slope(layer: QuadraticConv | QuadraticDense, x: Any, depths: tuple[
 
     def loss(params, x):
         def step(x, params):
-            # Statistics start at what they are; only those of this batch are used.
+            # Training normalises by the statistics of its batch, so that these may be anything.
             kept = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
             return layer.apply({"params": params, **kept}, x, True, mutable=list(rest))[0], None
 
