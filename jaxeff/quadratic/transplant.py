@@ -128,7 +128,7 @@ def _converted(path: str, old: Any, given: _Layer, new: Any, there: _Layer) -> d
     if (old.kind, old.branch_norm, old.norm) == (new.kind, new.branch_norm, new.norm):
         made = {collection: dict(tree) for collection, tree in given.values.items()}
     elif new.kind == "first_order" and old.kind != "first_order":
-        made = _linear_part(path, old, params, stats, new)
+        made = _linear_part(path, old, params, stats, new, result)
     elif old.kind == "first_order":
         made = _with_twin(path, old, params, stats, new, result)
     else:
@@ -230,7 +230,7 @@ def _splits(norm: str, twins: Sequence[kinds.Projection]) -> bool:
     return len(twins) == 1 or norm == "batch"
 
 
-def _linear_part(path, old, params, stats, new) -> dict[str, dict[str, Any]]:
+def _linear_part(path, old, params, stats, new, start) -> dict[str, dict[str, Any]]:
     """What a quadratic layer computes without its products: its twin alone."""
     kind = kinds.get(old.kind)
     starts = kinds.relinear_starts(kind)
@@ -257,6 +257,9 @@ def _linear_part(path, old, params, stats, new) -> dict[str, dict[str, Any]]:
             "bias": gain * (inner["bias"] - stats["norm_out"]["mean"]) + outer["bias"],
         }
         moments = stats[f"norm_{name}"]
+    if "bias_c" in made and "bias_c" not in start["params"] and new.norm == "batch":
+        # The norm takes a bias away again, so that it only counts in the running mean.
+        moments = {**moments, "mean": moments["mean"] - made.pop("bias_c")}
     if scale_bias is not None:
         made["norm_out"] = scale_bias
     return {"params": made, "batch_stats": {} if moments is None else {"norm_out": moments}}
