@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxeff import models, quadratic, spec
+from jaxeff.quadratic import convert
 from jaxeff.quadratic.backward import SAVES
 from launch.bench import results, suite
 from launch.bench.timing import contest
@@ -99,7 +100,7 @@ def blocks_gradient(save: str, depth: int, scanned: bool, norms: bool) -> float:
 
 def memory_qvgg7(pairs: int) -> Iterator[dict[str, Any]]:
     """MiB per image of the compiled gradient of QVGG-7 with all norms, between batch 32 and 128."""
-    against = {"x": "plain differentiation 11.8 before, see memory_qvgg7.all"}
+    against = {"x": "plain differentiation, see memory_qvgg7.all"}
     for save in reversed(SAVES):
         name = "memory_qvgg7" if save == "x" else f"memory_qvgg7.{save}"
         yield results.case(
@@ -219,6 +220,45 @@ def torch_layers(images: np.ndarray) -> dict[str, Callable[[], Any]]:
     return {name: step_in(memory_format) for name, memory_format in formats.items()}
 
 
+# --- the auto-builder -------------------------------------------------------------------------------------------------
+
+
+def ri_vmapped(pairs: int) -> Iterator[dict[str, Any]]:
+    """All RI scores of a VGG of nine quadratic convolutions in one call, beside masked evaluations one after another.
+
+    Each call compiles what it needs, as the one call that a conversion makes does.
+    """
+    plan = (8, 8, 8, "M", 16, 16, 16, "M", 32, 32, 32)
+    architecture = spec.quadratize(models.vgg(plan, input_shape=(28, 28, 1)), "quadralib", branch_norm="batch")
+    module, masks, key = network(architecture, "all"), 4, jax.random.key(2)
+    images = jax.random.normal(jax.random.key(0), (1000, 28, 28, 1))
+    labels = jax.random.randint(jax.random.key(1), (len(images),), 0, 10)
+    variables = jax.jit(module.init)(jax.random.key(3), images[:1])
+    layers = [path for path, layer in spec.walk(architecture) if isinstance(layer, spec.Conv)]
+
+    def in_one_call():
+        jax.clear_caches()
+        return convert.score(module, variables, architecture, images, labels, key, masks=masks).accuracy
+
+    def layer_by_layer():
+        jax.clear_caches()
+
+        @jax.jit
+        def accuracy(variables):
+            return jnp.mean(module.apply(variables, images).argmax(-1) == labels)
+
+        clean, drops = accuracy(variables), {}
+        for path, keys in zip(layers, jax.random.split(key, (len(layers), masks)), strict=True):
+            masked = [accuracy(convert.mask(variables, path, 0.5, k)) for k in keys]
+            drops[path] = float(clean) - float(jnp.mean(jnp.stack(masked)))
+        return drops
+
+    times = contest({"ours": in_one_call, "one by one": layer_by_layer}, pairs=min(pairs, 5))
+    yield results.time_ratio(
+        "ri_vmapped", times, "ours", "one by one", target=0.9, against="masked evaluation layer by layer"
+    )
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +341,7 @@ CASES: Mapping[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "memory_scan": partial(memory_blocks, True),
     "step_cost": step_cost,
     "layer_vs_torch": layer_vs_torch,
+    "ri_vmapped": ri_vmapped,
     "gradient_depth": gradient_depth,
     "gpu_fused": gpu_fused,
     "gpu_memory": gpu_memory,
