@@ -214,7 +214,8 @@ def restored(
     network: models.Network, there: Mapping[str, Any], config: Mapping[str, Any], seed: int, sets: Data
 ) -> Trained:
     """The source network as a run of `launch.train` left it."""
-    method = classifier.method(network, there, sets.train, 1)
+    steps = there["steps"] or there["epochs"] * (len(sets.train) // there["batch_size"])
+    method = classifier.method(network, there, sets.train, steps)
     like = jax.eval_shape(method.init, jax.random.key(0), batch_of(sets.train))
     path = pathlib.Path(config["source"]) / config["source_network"] / f"seed{seed}" / CHECKPOINTS
     with training.Checkpoints(path) as checkpoints:

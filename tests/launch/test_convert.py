@@ -73,7 +73,7 @@ def test_a_network_of_the_training_job_can_be_the_source(finished, tmp_path):
     there = quickstart.get_config("smoke")
     config = tiny()
     there.train_split, there.test_split, there.batch_size, there.epochs = config.train_split, config.test_split, 16, 1
-    there.networks = {"first_order": config.network}
+    there.optimizer.schedule.warmup, there.networks = 1, {"first_order": config.network}
     trained = train.run(there.lock(), str(tmp_path / "source"))
     config.source = str(tmp_path / "source")
     summary = convert.run(config.lock(), str(tmp_path / "run"))
