@@ -188,7 +188,9 @@ def test_a_run_killed_in_the_middle_ends_in_the_same_parameters(tmp_path, final_
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist_vgg", "cifar10_qvgg7", "cifar10_resnet", "cifar10_mobilenet", "accuracy"])
+@pytest.mark.parametrize(
+    "name", ["fashion_mnist_vgg", "cifar10_qvgg7", "cifar10_resnet", "cifar10_mobilenet", "accuracy"]
+)
 @pytest.mark.data
 @pytest.mark.slow
 def test_every_experiment_has_a_smoke_form_that_runs(tmp_path, name):
