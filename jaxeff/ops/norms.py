@@ -65,20 +65,20 @@ def normalise(
         return x
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     scale = params["scale"].astype(wide.dtype)
+    if kind == "rms":
+        return wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon) * scale
+    bias = params["bias"].astype(wide.dtype)
     if kind == "batch":
         if statistics is None:
             raise ValueError("norm 'batch' needs statistics: jaxeff.ops.moments(x), or running ones")
-        y = (wide - statistics.mean) * (lax.rsqrt(statistics.var + epsilon) * scale)
-    elif kind == "group":
+        return _scaled(wide, statistics, scale, bias, epsilon)
+    if kind == "group":
         parts = largest_divisor(x.shape[-1], groups)
         split = wide.reshape(*x.shape[:-1], parts, x.shape[-1] // parts)
-        axes = (*range(1, x.ndim - 1), x.ndim)
-        y = _centred(split, axes, epsilon).reshape(x.shape) * scale
-    elif kind == "layer":
-        y = _centred(wide, (-1,), epsilon) * scale
-    else:
-        y = wide * (lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon) * scale)
-    return y if kind == "rms" else y + params["bias"].astype(wide.dtype)
+        of_group = _moments_over(split, (*range(1, x.ndim - 1), x.ndim))
+        shape = (parts, x.shape[-1] // parts)
+        return _scaled(split, of_group, scale.reshape(shape), bias.reshape(shape), epsilon).reshape(x.shape)
+    return _scaled(wide, _moments_over(wide, (-1,)), 1.0, 0.0, epsilon) * scale + bias
 
 
 class Running(NamedTuple):
@@ -182,7 +182,12 @@ def largest_divisor(size: int, limit: int) -> int:
     return next(d for d in range(min(size, limit), 0, -1) if size % d == 0)
 
 
-def _centred(x: jax.Array, axes: tuple[int, ...], epsilon: float) -> jax.Array:
+def _moments_over(x: jax.Array, axes: tuple[int, ...]) -> Moments:
     mean = x.mean(axes, keepdims=True)
-    var = jnp.maximum((x * x).mean(axes, keepdims=True) - mean * mean, 0.0)
-    return (x - mean) * lax.rsqrt(var + epsilon)
+    return Moments(mean, jnp.maximum((x * x).mean(axes, keepdims=True) - mean * mean, 0.0))
+
+
+def _scaled(x, statistics: Moments, scale, bias, epsilon: float) -> jax.Array:
+    """One multiply-add with the small factors worked out first, so that differentiation keeps x and nothing beside."""
+    factor = lax.rsqrt(statistics.var + epsilon) * scale
+    return x * factor + (bias - statistics.mean * factor)

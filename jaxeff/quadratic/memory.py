@@ -5,11 +5,11 @@ its output (float32, batch norms, ReLU; QuadraLib's neuron has three projections
 
 | policy | with branch norms | without |
 |---|---|---|
-| "all" | input + 2 a projection + 2 factors of the product + 2 of the output norm + 1/4 | input + 2 + 2 + 1/4 |
+| "all" | input + 1 a projection + 2 factors of the product + 1 of the output norm + 1/4 | input + 2 + 1 + 1/4 |
 | "ab" | input + 1 a projection | the same |
 | "x" | input | the same |
 
-A norm keeps its input and its centred input, ReLU one byte for each value. Mean and variance of every channel come on
+A norm keeps its input ("layer" and "rms" the normalised values as well), ReLU one byte for each value. Mean and variance of every channel come on
 top. An input that several layers read counts once.
 """
 
@@ -29,7 +29,9 @@ from jaxeff.quadratic import kinds
 from jaxeff.quadratic.layers import QuadraticConv, QuadraticDense
 
 # Arrays that a norm keeps under plain differentiation, in units of its input.
-_KEPT_BY_NORM = {None: 0, "batch": 2, "group": 2, "layer": 2, "rms": 2}
+_KEPT_BY_NORM = {None: 0, "batch": 1, "group": 1, "layer": 2, "rms": 2}
+# Values that it keeps for every position on top: statistics over the channels and what follows from them.
+_KEPT_BY_POSITION = {None: 0, "batch": 0, "group": 0, "layer": 4, "rms": 2}
 
 
 class LayerMemory(NamedTuple):
@@ -141,7 +143,9 @@ def residual_bytes(layer: QuadraticConv | QuadraticDense, x: Any) -> int:
     if layer.save == "ab":
         return kept + values * x.dtype.itemsize
     wide = jnp.promote_types(x.dtype, jnp.float32).itemsize
-    outputs = math.prod(y.shape)
+    outputs, positions = math.prod(y.shape), math.prod(y.shape[:-1])
+    kept += wide * positions * len(kind.projections) * _KEPT_BY_POSITION[layer.branch_norm]
+    kept += wide * positions * _KEPT_BY_POSITION[layer.out_norm]
     kept += wide * (_KEPT_BY_NORM[layer.branch_norm] * values + _KEPT_BY_NORM[layer.out_norm] * outputs)
     kept += _kept_of_one(layer.branch_act) * values + _kept_of_one(layer.act) * outputs
     return kept + _kept_by_combining(kind) * neurons

@@ -253,18 +253,22 @@ UNIT = 8 * 8 * 8 * 16 * 4  # bytes of the output of a layer on [8, 8, 8, 16]
 
 
 @pytest.mark.parametrize(
-    ("save", "branch_norm", "units"),
+    ("save", "branch_norm", "out_norm", "units"),
     [
-        # Input; norms keep two arrays each, the product both factors, ReLU a byte per value.
-        ("all", "batch", 1 + 2 * 3 + 2 + 2 + 0.25),
-        pytest.param("ab", "batch", 1 + 3, marks=pytest.mark.slow),
-        ("x", "batch", 1),
-        pytest.param("all", None, 1 + 2 + 2 + 0.25, marks=pytest.mark.slow),
-        pytest.param("x", None, 1, marks=pytest.mark.slow),
+        # Input; norms keep one array each, the product both factors, ReLU a byte per value.
+        ("all", "batch", "batch", 1 + 3 + 2 + 1 + 0.25),
+        pytest.param("ab", "batch", "batch", 1 + 3, marks=pytest.mark.slow),
+        ("x", "batch", "batch", 1),
+        pytest.param("all", None, "batch", 1 + 2 + 1 + 0.25, marks=pytest.mark.slow),
+        pytest.param("x", None, "batch", 1, marks=pytest.mark.slow),
+        pytest.param("all", "group", "group", 1 + 3 + 2 + 1 + 0.25, marks=pytest.mark.slow),
+        # The normalised values as well, and some for every position of sixteen channels.
+        pytest.param("all", "layer", "layer", 1 + 6 + 2 + 2 + 0.25 + 4 * 4 / 16, marks=pytest.mark.slow),
+        pytest.param("all", "rms", "rms", 1 + 6 + 2 + 2 + 0.25 + 4 * 2 / 16, marks=pytest.mark.slow),
     ],
 )
-def test_what_a_layer_keeps_is_what_its_compiled_stack_grows_by(save, branch_norm, units):
-    layer = quadratic.QuadraticConv(16, branch_norm=branch_norm, out_norm="batch", act="relu", save=save)
+def test_what_a_layer_keeps_is_what_its_compiled_stack_grows_by(save, branch_norm, out_norm, units):
+    layer = quadratic.QuadraticConv(16, branch_norm=branch_norm, out_norm=out_norm, act="relu", save=save)
     x = jax.ShapeDtypeStruct((8, 8, 8, 16), jnp.float32)
     kept = memory.residual_bytes(layer, x)
     assert kept == pytest.approx(units * UNIT, rel=0.02)
@@ -285,7 +289,7 @@ def test_report_of_a_residual_network_adds_up_to_its_trace(save):
     by_name = {row.name: row for row in report.rows}
     assert by_name["stage2_block1"].residual_bytes == 16 * 4 * 4 * 16  # one byte for each value of the sum
     # The branch keeps the block's input for the shortcut too, which has a projection and a norm of its own.
-    own = {"all": 2, "ab": 1, "x": 0}[save] * 16 * 4 * 4 * 16 * 4
+    own = {"all": 1, "ab": 1, "x": 0}[save] * 16 * 4 * 4 * 16 * 4
     assert own <= by_name["stage2_block1/shortcut"].residual_bytes < own + 1000
     text = str(report)
     assert "batch 16" in text and "stage3_block1/conv2" in text and "residuals, traced" in text
