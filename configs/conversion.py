@@ -11,7 +11,8 @@ def base(dataset: str) -> ConfigDict:
     `source` is a work directory of `launch.train` and `source_network` the name of one of its networks; without it
     `network` is trained first. Layers are scored on `score_split`, never on the test images. In `budget` a float is a
     fraction of what the source has and an integer is a number. `save` is the memory policy of the quadratic networks,
-    see `jaxeff.quadratic.backward`; the source is counted as it is trained, with "all".
+    see `jaxeff.quadratic.backward`; the source is counted as it is trained, with "all". In the stage `continued` the source
+    is trained on under that policy too: a comparison at equal epochs.
     """
     config = ConfigDict()
     config.dataset = dataset
@@ -30,7 +31,8 @@ def base(dataset: str) -> ConfigDict:
     config.score = ConfigDict({"ratio": 0.5, "masks": 4, "batch_size": 50})
     config.budget = ConfigDict({"params": 0.85, "macs": 1.0, "residual_bytes": 1.0})
     config.actions = ("remove",)
-    config.training = ConfigDict({"source": stage(5, 0.1), "quadratic": stage(1, 0.02), "reduced": stage(5, 0.05)})
+    config.training = ConfigDict({"source": stage(5, 0.1), "continued": stage(6, 0.05)})
+    config.training.update({"quadratic": stage(1, 0.02), "reduced": stage(5, 0.05)})
     config.label_smoothing = 0.0
     config.ema_decay = config_dict.placeholder(float)
     config.augment = ConfigDict({"crop": 0, "flip": False, "cutout": 0, "mixup": 0.0})

@@ -4,7 +4,8 @@
 
 For every seed: trains the first-order network or takes it from a work directory of launch.train; makes it quadratic
 with the same outputs and trains that a little; scores its layers; takes out what costs much and is worth little until
-the budget is met; and trains what is left. Writes config.json, summary.json and figures/ to the work directory, and for
+the budget is met; and trains what is left. Beside it the source is trained on for as long, under the same memory policy,
+so that the comparison is fair. Writes config.json, summary.json and figures/ to the work directory, and for
 every training a folder with metrics.jsonl and checkpoints/. Started again with the same work directory it goes on where
 it stopped.
 """
@@ -25,7 +26,7 @@ from jaxeff.quadratic import convert
 from jaxeff.training.workdir import CHECKPOINTS, CONFIG, FIGURES, plain_config
 from launch import classifier, job
 
-SOURCE, QUADRATIC, REDUCED = STAGES = ("source", "quadratic", "reduced")
+SOURCE, CONTINUED, QUADRATIC, REDUCED = STAGES = ("source", "continued", "quadratic", "reduced")
 
 
 class Data(NamedTuple):
@@ -89,22 +90,23 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
                 **{key: max(step[key] for step in steps) for key in ("params", "macs", "memory_bytes")},
             }
         )
-    ratios = {key: rows[-1][key] / rows[0][key] for key in ("params", "macs", "memory_bytes")}
-    gain = rows[-1]["accuracy"] - rows[0]["accuracy"]
+    by_name = {row["name"]: row for row in rows}
+    against = {name: ratios_of(by_name[REDUCED], by_name[name]) for name in (SOURCE, CONTINUED)}
     summary = {
         "dataset": {"name": sets.train.name, "source": sets.train.info.source, "train": len(sets.train)},
         "seeds": list(config["seeds"]),
         "networks": rows,
-        "reduced_to_source": {"accuracy_points": 100 * gain, **ratios},
+        **{f"reduced_to_{name}": ratios for name, ratios in against.items()},
         "conversions": conversions,
     }
     training.comparison_figure(rows, directory / FIGURES / "comparison.png")
     training.write_summary(directory, summary)
     job.show(training.comparison_table(rows, title=f"{sets.train.name}, test accuracy; memory per image in training"))
-    print(
-        f"reduced to source: {100 * gain:+.2f} points, {ratios['params']:.3f} of the parameters, {ratios['macs']:.3f} "
-        f"of the MACs, {ratios['memory_bytes']:.3f} of the residual bytes"
-    )
+    for name, ratios in against.items():
+        print(
+            f"reduced to {name}: {ratios['accuracy_points']:+.2f} points, {ratios['params']:.3f} of the parameters, "
+            f"{ratios['macs']:.3f} of the MACs, {ratios['memory_bytes']:.3f} of the residual bytes"
+        )
     print(f"figure: {directory / FIGURES / 'comparison.png'}")
     return summary
 
@@ -121,6 +123,11 @@ def conversion(
     """Converts one trained network; returns what each step found, and prints it."""
     first_order = source.network.architecture
     score_key, *init_keys = jax.random.split(jax.random.key(seed), 3)
+
+    # ---- the source trained on, for comparison -----------------------------------------------------------------------
+    same_policy = quadratic_network(first_order, config)
+    continued = trained(same_policy, source.variables, config, CONTINUED, seed, sets, folder)
+    print(f"seed {seed}, continued: test accuracy {continued.accuracy:.2%}")
 
     # ---- the same function as a quadratic network, then trained as one -----------------------------------------------
     start = convert.transplant(source.variables, first_order, initial(full, init_keys[0]), full.architecture)
@@ -164,6 +171,7 @@ def conversion(
     return {
         "seed": seed,
         SOURCE: {"accuracy": source.accuracy, **counted(reference)},
+        CONTINUED: {"accuracy": continued.accuracy, **counted(costs_of(same_policy).total)},
         "transplanted": {"accuracy": same, "largest_logit_difference": difference},
         QUADRATIC: {"accuracy": whole.accuracy, **counted(costs_of(full).total)},
         # JSON has no infinity.
@@ -337,6 +345,12 @@ def steps_of(config: Mapping[str, Any], name: str, train: data.Dataset) -> int:
 def counted(cost: costs.LayerCost) -> dict[str, int | None]:
     """Costs as columns of a comparison."""
     return {"params": cost.params, "macs": cost.macs, "memory_bytes": cost.residual_bytes}
+
+
+def ratios_of(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
+    """What one row of the comparison has of another: accuracy in points more, costs as ratios."""
+    ratios = {key: row[key] / other[key] for key in ("params", "macs", "memory_bytes")}
+    return {"accuracy_points": 100 * (row["accuracy"] - other["accuracy"]), **ratios}
 
 
 def described(cost: costs.LayerCost, reference: costs.LayerCost) -> str:

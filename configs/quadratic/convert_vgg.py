@@ -24,14 +24,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config = base("fashion_mnist")
     config.network = network("vgg", plan=PLAN)
     config.actions = ("revert", "remove")
+    config.seeds = (0, 1, 2)
     config.training.source = stage(4, 0.1)
+    config.training.continued = stage(4.5, 0.05)
     config.training.quadratic = stage(0.5, 0.02)
     config.training.reduced = stage(4, 0.05)
     config.augment.update({"crop": 2, "flip": True})
     if arg == "smoke":
         config.train_split, config.score_split, config.test_split = "train[:256]", "train[256:320]", "test[:256]"
         config.network.options.plan = (4, 4, "M", 8, 8)
-        config.batch_size, config.score.masks = 64, 2
+        config.batch_size, config.score.masks, config.seeds = 64, 2, (0,)
         for name in config.training:
             config.training[name] = stage(1, 0.05, warmup=1)
     return config
