@@ -43,6 +43,23 @@ def base(dataset: str) -> ConfigDict:
     return config
 
 
+def quadralib_cifar10(arg: str, *, epochs: int, end: float) -> ConfigDict:
+    """QuadraLib's training on CIFAR-10 (github.com/zarekxu/QuadraLib): batch 256, cosine from 0.1 to `end`, clipping.
+
+    With "smoke" for `arg`, two steps on 64 images.
+    """
+    config = base("cifar10")
+    config.batch_size = 256
+    config.epochs = epochs
+    if arg == "smoke":
+        config.train_split, config.test_split = "train[:64]", "test[:64]"
+        config.batch_size, config.steps = 32, 2
+    config.optimizer = sgd(0.1, end=end)
+    config.augment.update({"crop": 4, "flip": True})
+    config.log_every = 50
+    return config
+
+
 def network(
     model: str,
     *,

@@ -11,8 +11,8 @@ def base(dataset: str) -> ConfigDict:
     `source` is a work directory of `launch.train` and `source_network` the name of one of its networks; without it
     `network` is trained first. Layers are scored on `score_split`, never on the test images. In `budget` a float is a
     fraction of what the source has and an integer is a number. `save` is the memory policy of the quadratic networks,
-    see `jaxeff.quadratic.backward`; the source is counted as it is trained, with "all". In the stage `continued` the source
-    is trained on under that policy too: a comparison at equal epochs.
+    see `jaxeff.quadratic.backward`; the source is counted as it is trained, with "all". In the stage `continued` it is
+    trained on under that policy too: a comparison at equal epochs.
     """
     config = ConfigDict()
     config.dataset = dataset

@@ -9,23 +9,15 @@ as the first-order one. Batch 256, 250 epochs, SGD, cosine from 0.1 to 1e-5, cli
 
 from ml_collections import ConfigDict
 
-from configs.classification import base, network, sgd
+from configs.classification import network, quadralib_cifar10
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`:smoke` takes two steps of narrow networks on 64 images."""
-    config = base("cifar10")
-    config.batch_size = 256
-    config.epochs = 250
-    width = 1.0
-    if arg == "smoke":
-        config.train_split, config.test_split = "train[:64]", "test[:64]"
-        config.batch_size, config.steps, width = 32, 2, 0.125
+    config = quadralib_cifar10(arg, epochs=250, end=1e-5)
+    width = 0.125 if arg == "smoke" else 1.0
     layers = {"kind": "quadralib", "branch_norm": "batch", "save": "x"}
     config.networks.mobilenet = network("mobilenet", width=width)
     config.networks.qmobilenet = network("mobilenet", **layers, width=width)
     config.networks.qmobilenet_equal_parameters = network("mobilenet", **layers, width=0.57 * width)
-    config.optimizer = sgd(0.1, end=1e-5)
-    config.augment.update({"crop": 4, "flip": True})
-    config.log_every = 50
     return config

@@ -4,30 +4,21 @@
 
 Batch 256, 200 epochs, SGD, cosine from 0.1, clipping at 0.5 (github.com/zarekxu/QuadraLib). Meant for a GPU, where it
 was not timed yet; one epoch of the three networks takes about a quarter of an hour on two CPU cores. Expected: on
-lossless CIFAR-10, QuadraLib reports 93.23 % for QResNet-14 and 92.83 % for
-ResNet-32; on the JPEG file of JAXEFF_DATA
+lossless CIFAR-10, QuadraLib reports 93.23 % for QResNet-14 and 92.83 % for ResNet-32; on the JPEG file of JAXEFF_DATA
 accuracies are 2-3 points lower.
 """
 
 from ml_collections import ConfigDict
 
-from configs.classification import base, network, sgd
+from configs.classification import network, quadralib_cifar10
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`:smoke` takes two steps of narrow networks on 64 images."""
-    config = base("cifar10")
-    config.batch_size = 256
-    config.epochs = 200
-    width = 1.0
-    if arg == "smoke":
-        config.train_split, config.test_split = "train[:64]", "test[:64]"
-        config.batch_size, config.steps, width = 32, 2, 0.25
+    config = quadralib_cifar10(arg, epochs=200, end=1e-4)
+    width = 0.25 if arg == "smoke" else 1.0
     options = {"shortcut": "projection", "width": width}
     config.networks.resnet32 = network("resnet32", **options)
     config.networks.resnet14 = network("resnet14", **options)
     config.networks.qresnet14 = network("resnet14", kind="quadralib", branch_norm="batch", save="x", **options)
-    config.optimizer = sgd(0.1, end=1e-4)
-    config.augment.update({"crop": 4, "flip": True})
-    config.log_every = 50
     return config

@@ -2,16 +2,8 @@
 
 from jaxeff.quadratic import taxonomy  # registers the kinds of the field
 from jaxeff.quadratic.kinds import FAMILIES, KINDS, Extra, Kind, Projection, cost, get, register, register_family
-from jaxeff.quadratic.layers import (
-    QuadraticConv,
-    QuadraticDense,
-    conv,
-    conv_block,
-    conv_layer,
-    dense,
-    dense_block,
-    dense_layer,
-)
+from jaxeff.quadratic.layers import QuadraticConv, QuadraticDense, conv_layer, dense_layer
+from jaxeff.quadratic.neurons import conv, conv_block, dense, dense_block
 from jaxeff.quadratic.relinear import groups as parameter_groups
 from jaxeff.quadratic.relinear import restrain
 from jaxeff.quadratic.tune import tune

@@ -22,7 +22,8 @@ from flax import traverse_util
 
 from jaxeff.ops import Moments
 from jaxeff.quadratic import kinds
-from jaxeff.quadratic.layers import QuadraticConv, QuadraticDense, conv_block, dense_block
+from jaxeff.quadratic.layers import QuadraticConv, QuadraticDense
+from jaxeff.quadratic.neurons import conv_block, dense_block
 
 
 class ActivationParts(NamedTuple):

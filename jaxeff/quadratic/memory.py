@@ -9,8 +9,8 @@ its output (float32, batch norms, ReLU; QuadraLib's neuron has three projections
 | "ab" | input + 1 a projection | the same |
 | "x" | input | the same |
 
-A norm keeps its input ("layer" and "rms" the normalised values as well), ReLU one byte for each value. Mean and variance of every channel come on
-top. An input that several layers read counts once.
+A norm keeps its input ("layer" and "rms" the normalised values as well), ReLU one byte for each value. Mean and
+variance of every channel come on top. An input that several layers read counts once.
 """
 
 import dataclasses

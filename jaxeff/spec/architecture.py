@@ -1,20 +1,8 @@
-"""Architectures as data: what a network is, without a line of how it computes.
-
-An `Architecture` is a tuple of frozen layer descriptions. Every change that a method makes to a network (quadratic
-layers, gates, groups, other widths, fewer layers) is a pure function from architecture to architecture, so methods
-compose and no network is written twice. `jaxeff.models.Network` turns an architecture into a Flax module.
-
->>> net = Architecture("tiny", (8, 8, 1), (Conv("conv1", 16), Pool("pool"), GlobalPool("mean"), Dense("head", 10)))
->>> [layer.kind for _, layer in walk(quadratize(net)) if isinstance(layer, Conv)]
-['quadralib']
->>> shapes(net)["pool"].output
-(4, 4, 16)
-"""
+"""What an architecture is: layer descriptions, and the shapes that follow from them."""
 
 import dataclasses
-import fnmatch
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 Role = Literal["body", "stem", "shortcut", "head"]
@@ -140,7 +128,6 @@ class Residual:
 
 
 Layer = Conv | Dense | Pool | GlobalPool | Flatten | Reshape | Upsample | Dropout | Residual
-Select = str | Callable[[str, Any], bool] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,132 +169,6 @@ def shapes(architecture: Architecture) -> dict[str, Shape]:
     return table
 
 
-def edit(architecture: Architecture, change: Callable[[Any], Any], select: Select = None) -> Architecture:
-    """Applies `change(layer) -> layer` to every selected convolution and dense layer.
-
-    Args:
-      architecture: what to edit; it stays as it is.
-      change: returns the new layer, usually by `dataclasses.replace`.
-      select: glob over paths ("stage3_*"), predicate (path, layer) -> bool, or None for layers of role "body".
-
-    Returns:
-      The edited architecture.
-
-    Raises:
-      ValueError: if nothing is selected, or the result does not fit together.
-    """
-    return _edit(architecture, change, _selector(select), select)
-
-
-def quadratize(
-    architecture: Architecture,
-    kind: str = "quadralib",
-    select: Select = None,
-    *,
-    branch_norm: str | None = None,
-) -> Architecture:
-    """Turns the selected layers (by default all of role "body") into neurons of another kind."""
-    return edit(architecture, lambda layer: dataclasses.replace(layer, kind=kind, branch_norm=branch_norm), select)
-
-
-def gate(architecture: Architecture, settings: Any, select: Select = None) -> Architecture:
-    """Puts a gate with `settings` on the output of the selected layers; None removes it."""
-    return edit(architecture, lambda layer: dataclasses.replace(layer, gate=settings), select)
-
-
-def group(architecture: Architecture, groups: int, select: Select) -> Architecture:
-    """Splits the selected convolutions into `groups` channel groups.
-
-    Raises:
-      ValueError: if `groups` does not divide the channels of a selected layer, which is named.
-    """
-    chosen = _selector(select)
-
-    def convolutions(path, layer):
-        return isinstance(layer, Conv) and chosen(path, layer)
-
-    return _edit(architecture, lambda layer: dataclasses.replace(layer, groups=groups), convolutions, select)
-
-
-def shrink(architecture: Architecture, widths: float | Mapping[str, int], select: Select = None) -> Architecture:
-    """Changes the number of output features.
-
-    Args:
-      architecture: what to edit.
-      widths: a factor for every selected layer (rounded to the nearest integer, at least 1), or {path: features}.
-      select: which layers a factor applies to; by default every convolution and every hidden dense layer.
-
-    Returns:
-      The architecture with the new widths; depthwise layers follow their input.
-
-    Raises:
-      ValueError: for a factor that is not positive, an unknown path, or widths that break a residual sum.
-    """
-    if isinstance(widths, Mapping):
-        known = {path for path, layer in walk(architecture) if isinstance(layer, Conv | Dense)}
-        if unknown := sorted(set(widths) - known):
-            raise ValueError(f"widths name unknown layers {unknown}; known: {', '.join(sorted(known))}")
-        resized = architecture.layers
-        for path, features in widths.items():
-            resized = _with_features(resized, "", {path: int(features)})
-        result = _following_depthwise(architecture, resized)
-        for path, layer in walk(result):
-            if isinstance(layer, Conv) and path in widths and layer.features != int(widths[path]):
-                raise ValueError(
-                    f"widths give {path!r} {widths[path]} features, but it is depthwise and follows its input, which "
-                    f"gives it {layer.features}; change the layer before it"
-                )
-        return result
-    if not (math.isfinite(widths) and widths > 0):
-        raise ValueError(f"widths must be a positive factor or a mapping path -> features, got {widths}")
-    last = [path for path, layer in walk(architecture) if isinstance(layer, Conv | Dense)][-1]
-    chosen = _selector(select) if select is not None else lambda path, layer: path != last
-    table = {
-        path: max(1, round(layer.features * widths))
-        for path, layer in walk(architecture)
-        if isinstance(layer, Conv | Dense) and chosen(path, layer)
-    }
-    return _following_depthwise(architecture, _with_features(architecture.layers, "", table))
-
-
-def remove(architecture: Architecture, *names: str) -> Architecture:
-    """Removes top-level layers or residual blocks by name; the next layer takes the shapes that arrive.
-
-    Depthwise layers keep their number of features per channel.
-
-    Raises:
-      ValueError: for a name that is not a top-level layer.
-    """
-    known = [layer.name for layer in architecture.layers]
-    if unknown := sorted(set(names) - set(known)):
-        raise ValueError(f"cannot remove {unknown}; the top-level layers are: {', '.join(known)}")
-    return _following_depthwise(architecture, tuple(x for x in architecture.layers if x.name not in names))
-
-
-def _edit(architecture, change, chosen, select) -> Architecture:
-    touched: list[str] = []
-
-    def visit(layers, prefix):
-        result = []
-        for layer in layers:
-            path = prefix + layer.name
-            if isinstance(layer, Residual):
-                layer = dataclasses.replace(layer, body=visit(layer.body, path + "/"))
-                if isinstance(layer.shortcut, Conv):
-                    layer = dataclasses.replace(layer, shortcut=visit((layer.shortcut,), path + "/")[0])
-            elif isinstance(layer, Conv | Dense) and chosen(path, layer):
-                touched.append(path)
-                layer = change(layer)
-            result.append(layer)
-        return tuple(result)
-
-    edited = visit(architecture.layers, "")
-    if not touched:
-        paths = ", ".join(path for path, layer in walk(architecture) if isinstance(layer, Conv | Dense))
-        raise ValueError(f"select={select!r} matches no layer of {architecture.name!r}; its layers are: {paths}")
-    return dataclasses.replace(architecture, layers=edited)
-
-
 def _walk(layers, prefix) -> Iterator[tuple[str, Layer]]:
     for layer in layers:
         yield prefix + layer.name, layer
@@ -316,14 +177,6 @@ def _walk(layers, prefix) -> Iterator[tuple[str, Layer]]:
             yield from _walk(layer.body, inner)
             if isinstance(layer.shortcut, Conv):
                 yield from _walk((layer.shortcut,), inner)
-
-
-def _selector(select: Select) -> Callable[[str, Any], bool]:
-    if select is None:
-        return lambda path, layer: layer.role == "body"
-    if isinstance(select, str):
-        return lambda path, layer: fnmatch.fnmatchcase(path, select)
-    return select
 
 
 def _infer(layers, shape, prefix, table, owner) -> tuple[int, ...]:
@@ -428,45 +281,3 @@ def _strided(size: int, kernel: int, stride: int, padding) -> int:
         return -(-size // stride)
     low, high = (0, 0) if padding == "VALID" else padding
     return (size + low + high - kernel) // stride + 1
-
-
-def _with_features(layers, prefix, table) -> tuple[Layer, ...]:
-    result = []
-    for layer in layers:
-        path = prefix + layer.name
-        if isinstance(layer, Residual):
-            layer = dataclasses.replace(layer, body=_with_features(layer.body, path + "/", table))
-            if isinstance(layer.shortcut, Conv):
-                short = _with_features((layer.shortcut,), path + "/", table)[0]
-                layer = dataclasses.replace(layer, shortcut=short)
-        elif path in table:
-            layer = dataclasses.replace(layer, features=table[path])
-        result.append(layer)
-    return tuple(result)
-
-
-def _following_depthwise(architecture, layers) -> Architecture:
-    """`architecture` with new `layers`; depthwise ones keep their features per channel, whatever width arrives."""
-    old = shapes(architecture)
-
-    def visit(layers, channels, prefix):
-        result = []
-        for layer in layers:
-            path = prefix + layer.name
-            if isinstance(layer, Residual):
-                body, out = visit(layer.body, channels, path + "/")
-                layer = dataclasses.replace(layer, body=body)
-                if isinstance(layer.shortcut, Conv):
-                    layer = dataclasses.replace(layer, shortcut=visit((layer.shortcut,), channels, path + "/")[0][0])
-                channels = out
-            elif isinstance(layer, Conv):
-                if layer.groups == DEPTHWISE:
-                    per_channel = old[path].output[-1] // old[path].input[-1]
-                    layer = dataclasses.replace(layer, features=channels * per_channel)
-                channels = layer.features
-            elif isinstance(layer, Reshape):
-                channels = layer.shape[-1]
-            result.append(layer)
-        return tuple(result), channels
-
-    return dataclasses.replace(architecture, layers=visit(layers, architecture.input_shape[-1], "")[0])

@@ -1,0 +1,207 @@
+"""Dense and convolutional layers of neurons as pure functions.
+
+The functions take a dictionary of arrays, {"kernel_a": ..., "bias_a": ..., "kernel_b": ...}, one entry for each
+projection of the kind; they are safe under jit, vmap, grad and shard_map.
+
+>>> import jax, jax.numpy as jnp
+>>> w = {"kernel_a": jnp.array([[1.0], [0.0]]), "kernel_b": jnp.array([[0.0], [-2.0]]), "kernel_c": jnp.ones((2, 1))}
+>>> xor = dense(w, jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]), kind="quadralib")
+>>> xor[:, 0].tolist()
+[0.0, 1.0, 1.0, 0.0]
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxeff.ops import conv_general_dilated
+from jaxeff.quadratic import backward, kinds, projections
+from jaxeff.quadratic.backward import Form, Save, Statistics
+from jaxeff.quadratic.projections import Impl
+
+Branch = Callable[[str, jax.Array], jax.Array]
+
+
+def dense(
+    params: Mapping[str, Any],
+    x: jax.Array,
+    *,
+    kind: str = "quadralib",
+    precision: Any = None,
+    branch: Branch | None = None,
+    impl: Impl = "auto",
+    save: Save = "all",
+) -> jax.Array:
+    """Dense layer of neurons of a kind.
+
+    Args:
+      params: "kernel_<p>" [I, M * r] and optionally "bias_<p>" [M * r] for every projection p of the kind (r of them
+        per neuron; mostly M is O and r is 1), [I * I, M] where it is of pairs, and the kind's extras.
+      x: [..., I], same dtype as the kernels.
+      kind: a name in `jaxeff.quadratic.KINDS`, or a family with options: "bergstra(rank=4)".
+      precision: as in lax.
+      branch: function (projection name, projection) -> projection, applied to each before they are combined.
+      impl: "separate" products, one "stacked" product for all projections, "fused" with their combination into one
+        kernel for GPU (kinds "t4" and "quadralib"), or "auto": what `jaxeff.quadratic.tune` found.
+      save: what the backward pass keeps, see `jaxeff.quadratic.backward`.
+
+    Returns:
+      [..., O].
+
+    Raises:
+      ValueError: for an unknown kind, or missing or extra parameters.
+    """
+    return dense_block(params, x, kind=kind, precision=precision, branch=branch, impl=impl, save=save)[0]
+
+
+def conv(
+    params: Mapping[str, Any],
+    x: jax.Array,
+    *,
+    kind: str = "quadralib",
+    strides: Sequence[int] = (1, 1),
+    padding: Any = "SAME",
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    kernel_size: Sequence[int] | None = None,
+    precision: Any = None,
+    branch: Branch | None = None,
+    impl: Impl = "auto",
+    save: Save = "all",
+    conv_general_dilated: Callable[..., jax.Array] = conv_general_dilated,
+) -> jax.Array:
+    """2D convolution of neurons of a kind.
+
+    Args:
+      params: "kernel_<p>" [kh, kw, I/groups, M * r] and optionally "bias_<p>" [M * r] for every projection p of the
+        kind (r of them per neuron; mostly M is O and r is 1), [n * n, M] with n = kh * kw * I/groups where it is of
+        pairs, and the kind's extras.
+      x: [N, H, W, I], same dtype as the kernels.
+      kind: a name in `jaxeff.quadratic.KINDS`, or a family with options: "bergstra(rank=4)".
+      strides: two strides.
+      padding: "SAME", "VALID" or two (low, high) pairs.
+      dilation: two kernel dilations.
+      groups: channel groups; must divide I and O.
+      kernel_size: (kh, kw); only kinds whose kernels are all of pairs need it.
+      precision: as in lax.
+      branch: function (projection name, projection) -> projection, applied to each before they are combined.
+      impl: "separate" convolutions, one "stacked" convolution for all projections, "fused" with their combination into
+        one kernel for GPU (1x1, kinds "t4" and "quadralib"), or "auto": what `jaxeff.quadratic.tune` found.
+      save: what the backward pass keeps, see `jaxeff.quadratic.backward`.
+      conv_general_dilated: the convolution, with lax's signature.
+
+    Returns:
+      [N, H', W', O].
+
+    Raises:
+      ValueError: for an unknown kind, missing or extra parameters, a rank other than 4, or groups that do not divide.
+    """
+    window: dict[str, Any] = dict(
+        strides=strides, padding=padding, dilation=dilation, groups=groups, kernel_size=kernel_size
+    )
+    settings: dict[str, Any] = dict(
+        precision=precision, impl=impl, save=save, conv_general_dilated=conv_general_dilated
+    )
+    return conv_block(params, x, kind=kind, **window, **settings)[0]
+
+
+def dense_block(
+    params: Mapping[str, Any],
+    x: jax.Array,
+    statistics: Statistics | None = None,
+    *,
+    kind: str = "quadralib",
+    precision: Any = None,
+    impl: Impl = "auto",
+    save: Save = "all",
+    piece_bytes: int | None = None,
+    **surroundings: Any,
+) -> tuple[jax.Array, Statistics]:
+    """A dense layer of neurons with everything around it, under one memory policy.
+
+    Args:
+      params, x, kind, precision, impl, save: as in `dense`; params also has the norms' parameters, see `Form`.
+      statistics: running moments of its batch norms, or None for those of this batch.
+      piece_bytes: as in `jaxeff.quadratic.backward.block`.
+      **surroundings: branch_norm, branch_act, branch, out_norm, act and axis_name of `Form`.
+
+    Returns:
+      The output [..., O], and the moments that its batch norms used, by projection name and "out".
+
+    Raises:
+      ValueError: as `dense`; for an unknown norm or activation.
+    """
+    chosen = kinds.get(kind)
+    projections.check_params(chosen, params)
+    if impl == "fused":
+        return _fused_block(chosen, params, x, statistics, save, surroundings)
+    project = projections.dense(chosen, precision, impl)
+    return backward.block(
+        Form(chosen, project, **surroundings), params, x, statistics, save=save, piece_bytes=piece_bytes
+    )
+
+
+def conv_block(
+    params: Mapping[str, Any],
+    x: jax.Array,
+    statistics: Statistics | None = None,
+    *,
+    kind: str = "quadralib",
+    strides: Sequence[int] = (1, 1),
+    padding: Any = "SAME",
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    kernel_size: Sequence[int] | None = None,
+    precision: Any = None,
+    impl: Impl = "auto",
+    save: Save = "all",
+    piece_bytes: int | None = None,
+    conv_general_dilated: Callable[..., jax.Array] = conv_general_dilated,
+    **surroundings: Any,
+) -> tuple[jax.Array, Statistics]:
+    """A convolution of neurons with everything around it, under one memory policy.
+
+    Args:
+      params, x, kind, strides, padding, dilation, groups, kernel_size, precision, impl, save, conv_general_dilated: as
+        in `conv`; params also has the norms' parameters, see `Form`.
+      statistics: running moments of its batch norms, or None for those of this batch.
+      piece_bytes: as in `jaxeff.quadratic.backward.block`.
+      **surroundings: branch_norm, branch_act, branch, out_norm, act and axis_name of `Form`.
+
+    Returns:
+      The output [N, H', W', O], and the moments that its batch norms used, by projection name and "out".
+
+    Raises:
+      ValueError: as `conv`; for an unknown norm or activation.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x must be [N, H, W, C], got shape {x.shape}")
+    chosen = kinds.get(kind)
+    projections.check_params(chosen, params)
+    window = projections.Window(tuple(strides), padding, tuple(dilation), groups, tuple(kernel_size or ()) or None)
+    if impl == "fused":
+        pointwise = params[f"kernel_{chosen.projections[0].name}"].shape[:2] == (1, 1)
+        unpadded = isinstance(padding, str) or all(tuple(pair) == (0, 0) for pair in padding)
+        if not (pointwise and unpadded and groups == 1 and tuple(strides) == (1, 1)):
+            raise ValueError(
+                "impl='fused' is for 1x1 convolutions with stride 1, groups=1 and no padding, got "
+                f"{tuple(window)}; use impl='auto'"
+            )
+        return _fused_block(chosen, params, x, statistics, save, surroundings)
+    project = projections.conv(chosen, window, precision, impl, conv_general_dilated)
+    return backward.block(
+        Form(chosen, project, **surroundings), params, x, statistics, save=save, piece_bytes=piece_bytes
+    )
+
+
+def _fused_block(kind, params, x, statistics, save, surroundings):
+    """The neurons as one kernel, and the output norm and activation after it."""
+    backward.check_save(save)
+    inside = [name for name in ("branch_norm", "branch_act", "branch") if surroundings.get(name) is not None]
+    if inside:
+        raise ValueError(f"impl='fused' has nothing between projections and product, got {', '.join(inside)}")
+    form = Form(kinds.get("first_order"), lambda params, y: (y,), **surroundings)
+    y = projections.fused(kind, params, x)
+    rest = {name: value for name, value in params.items() if name == f"norm_{backward.OUT}"}
+    return backward.block(form, rest, y, statistics)
