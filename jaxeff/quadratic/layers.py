@@ -16,8 +16,23 @@ from jaxeff.quadratic.neurons import conv_block, dense_block
 from jaxeff.quadratic.projections import Impl
 
 
-class _QuadraticLayer(nn.Module):
+class _QuadraticLayer(nn.Module, kw_only=True):
     """What dense and convolutional layers share: parameters of every projection, norms, initialisation."""
+
+    features: int
+    kind: str = "quadralib"
+    use_bias: bool | None = None
+    branch_norm: str | None = None
+    branch_act: str | None = None
+    out_norm: str | None = None
+    act: str | None = None
+    save: Save = "all"
+    impl: Impl = "auto"
+    initialization: Literal["kaiming", "relinear"] = "kaiming"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    axis_name: str | None = None
 
     def _run(self, function: Callable[..., Any], receptive: tuple[int, ...], x: jax.Array, train: bool, **options: Any):
         """Declares the variables, runs the block and keeps the running statistics; receptive is [..., I / groups]."""
@@ -101,14 +116,14 @@ class _QuadraticLayer(nn.Module):
         """Parameters of the norms by the name under which `Form` takes them, and running statistics by branch."""
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         wanted = []
-        if checked_norm(self.branch_norm) is not None:
+        if (branch_norm := checked_norm(self.branch_norm)) is not None:
             neurons = kind.neurons(self.features)
             for p in kind.projections:
                 start = starts.get(p.name, "free")
                 scale, bias = zeros if start in ("zero", "one") else ones, ones if start == "one" else zeros
-                wanted.append((p.name, self.branch_norm, neurons * p.rank, scale, bias))
-        if checked_norm(self.out_norm) is not None:
-            wanted.append((backward.OUT, self.out_norm, self.features, ones, zeros))
+                wanted.append((p.name, branch_norm, neurons * p.rank, scale, bias))
+        if (out_norm := checked_norm(self.out_norm)) is not None:
+            wanted.append((backward.OUT, out_norm, self.features, ones, zeros))
         params, running = {}, {}
         for name, norm, features, scale, bias in wanted:
             variables = NormVariables(norm, self.param_dtype, scale, bias, name=f"norm_{name}")
@@ -141,19 +156,6 @@ class QuadraticDense(_QuadraticLayer):
     """
 
     features: int
-    kind: str = "quadralib"
-    use_bias: bool | None = None
-    branch_norm: str | None = None
-    branch_act: str | None = None
-    out_norm: str | None = None
-    act: str | None = None
-    save: Save = "all"
-    impl: Impl = "auto"
-    initialization: Literal["kaiming", "relinear"] = "kaiming"
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    precision: Any = None
-    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -182,19 +184,6 @@ class QuadraticConv(_QuadraticLayer):
     padding: Any = "SAME"
     kernel_dilation: tuple[int, int] = (1, 1)
     feature_group_count: int = 1
-    kind: str = "quadralib"
-    use_bias: bool | None = None
-    branch_norm: str | None = None
-    branch_act: str | None = None
-    out_norm: str | None = None
-    act: str | None = None
-    save: Save = "all"
-    impl: Impl = "auto"
-    initialization: Literal["kaiming", "relinear"] = "kaiming"
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    precision: Any = None
-    axis_name: str | None = None
     conv_general_dilated: Callable[..., jax.Array] = conv_general_dilated
 
     @nn.compact

@@ -2,17 +2,12 @@
 
 import json
 import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from configs.quadratic import convert_vgg
 from jaxeff import training
 from launch import convert, train
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def tiny():
@@ -35,7 +30,7 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     workdir, summary = finished
     assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert (workdir / "figures" / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("source", "quadratic", "reduced"):
+    for name in ("source", "continued", "quadratic", "reduced"):
         assert training.read_metrics(workdir / "seed0" / name / "metrics.jsonl")[-1]["step"] == 4
         assert (workdir / "seed0" / name / "checkpoints" / "4").is_dir()
 
@@ -54,6 +49,9 @@ def test_every_step_is_reported_and_the_budget_holds(finished):
     assert done["reduced"]["params"] <= 0.85 * done["source"]["params"]
     for name in ("macs", "memory_bytes"):
         assert done["reduced"][name] <= done["source"][name]
+    # The source trained on is the same network, with nothing kept but what its layers read.
+    assert done["continued"]["params"] == done["source"]["params"]
+    assert done["reduced"]["memory_bytes"] <= done["continued"]["memory_bytes"] < done["source"]["memory_bytes"]
     ratios = summary["reduced_to_source"]
     assert ratios["params"] == done["reduced"]["params"] / done["source"]["params"]
     gain = done["reduced"]["accuracy"] - done["source"]["accuracy"]
@@ -119,12 +117,9 @@ def test_bad_configs_fail_before_anything_is_written(tmp_path, change, message):
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_the_experiment_has_a_smoke_form_that_runs(tmp_path):
+def test_the_experiment_has_a_smoke_form_that_runs(finished_job, tmp_path):
     # Compiling is all the time it takes, and what is compiled does not matter here.
     env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    command = [sys.executable, "-m", "launch.convert", "--config=configs/quadratic/convert_vgg.py:smoke"]
-    result = subprocess.run(
-        [*command, f"--workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=300, env=env
-    )
+    result = finished_job("convert", "configs/quadratic/convert_vgg.py:smoke", tmp_path, env=env)
     assert result.returncode == 0, result.stderr
     assert "reduced to source:" in result.stdout and json.loads((tmp_path / "summary.json").read_text())["networks"]

@@ -6,8 +6,6 @@ import pathlib
 import runpy
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -17,14 +15,13 @@ import pytest
 from jaxeff import training
 from launch import train
 
-ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = pathlib.Path(__file__).with_name("mesh_config.py")
 STEPS = 50
 RUNS = [pathlib.Path("convolution", f"seed{seed}") for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
-def start():
+def start(start_job):
     """Starts both processes of a job in a work directory; ends what is left of them after the tests."""
     started = []
 
@@ -32,22 +29,14 @@ def start():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        flags = {"config": CONFIG, "workdir": workdir, "config.steps": STEPS, "config.seeds": (0, 1)}
-        hosts = {"coordinator_address": address, "num_processes": 2}
-        flags |= {f"config.distributed.{name}": value for name, value in hosts.items()}
+        flags = {"steps": STEPS, "seeds": (0, 1)}
+        flags |= {"distributed.coordinator_address": address, "distributed.num_processes": 2}
         devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-        pair = [
-            subprocess.Popen(
-                [sys.executable, "-m", "launch.train", *(f"--{name}={value}" for name, value in flags.items())]
-                + [f"--config.distributed.process_id={index}"],
-                cwd=ROOT,
-                env={**os.environ, **devices},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for index in range(2)
-        ]
+        pair = []
+        for index in range(2):
+            changes = {**flags, "distributed.process_id": index}
+            changes = [f"--config.{name}={value}" for name, value in changes.items()]
+            pair.append(start_job("train", CONFIG, workdir, *changes, env={**os.environ, **devices}))
         started.extend(pair)
         return pair
 

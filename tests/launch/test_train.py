@@ -2,11 +2,9 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -18,8 +16,7 @@ from configs import quickstart
 from jaxeff import data, training
 from launch import classifier, train
 
-ROOT = pathlib.Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "launch.train"]
+SMOKE = "configs/quickstart.py:smoke"
 
 
 def tiny(**changes) -> ConfigDict:
@@ -32,11 +29,6 @@ def tiny(**changes) -> ConfigDict:
     for name, value in changes.items():
         config[name] = value
     return config
-
-
-def command(workdir, *flags, config="configs/quickstart.py:smoke", **options):
-    arguments = [*COMMAND, f"--config={config}", f"--workdir={workdir}", *flags]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
 
 @pytest.fixture(scope="module")
@@ -160,26 +152,26 @@ def test_an_overwrite_that_is_interrupted_leaves_no_old_results_to_go_on_from(fi
 
 
 @pytest.mark.slow
-def test_an_unknown_field_on_the_command_line_lists_the_valid_ones(tmp_path):
-    result = command(tmp_path, "--config.bach_size=3")
+def test_an_unknown_field_on_the_command_line_lists_the_valid_ones(finished_job, tmp_path):
+    result = finished_job("train", SMOKE, tmp_path, "--config.bach_size=3")
     assert result.returncode != 0
     assert "bach_size" in result.stderr and "batch_size" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_the_middle_ends_in_the_same_parameters(tmp_path, final_params):
+def test_a_run_killed_in_the_middle_ends_in_the_same_parameters(start_job, finished_job, tmp_path, final_params):
     options = ["--config.networks.first_order.options.widths=(2, 3, 4)", "--config.steps=150", "--config.log_every=5"]
-    whole = command(tmp_path / "whole", *options)
+    whole = finished_job("train", SMOKE, tmp_path / "whole", *options)
     assert whole.returncode == 0, whole.stderr
-    arguments = [*COMMAND, "--config=configs/quickstart.py:smoke", f"--workdir={tmp_path / 'cut'}", *options]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = start_job("train", SMOKE, tmp_path / "cut", *options, **nowhere)
     metrics = tmp_path / "cut" / "first_order" / "seed0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 128 + signal.SIGTERM
-    resumed = command(tmp_path / "cut", *options)
+    resumed = finished_job("train", SMOKE, tmp_path / "cut", *options)
     assert resumed.returncode == 0, resumed.stderr
     for name in ("first_order", "quadratic"):
         one, other = (final_params(tmp_path / run / name / "seed0") for run in ("whole", "cut"))
@@ -193,10 +185,10 @@ def test_a_run_killed_in_the_middle_ends_in_the_same_parameters(tmp_path, final_
 )
 @pytest.mark.data
 @pytest.mark.slow
-def test_every_experiment_has_a_smoke_form_that_runs(tmp_path, name):
+def test_every_experiment_has_a_smoke_form_that_runs(finished_job, tmp_path, name):
     # Compiling is all the time they take, and what is compiled does not matter here.
     env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    result = command(tmp_path / name, config=f"configs/quadratic/{name}.py:smoke", env=env)
+    result = finished_job("train", f"configs/quadratic/{name}.py:smoke", tmp_path / name, env=env)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / name / "summary.json").read_text())["networks"]
 
