@@ -284,18 +284,19 @@ def gradient_depth(pairs: int) -> Iterator[dict[str, Any]]:
 
 def _gradients_by_depth(layer, depth, images):
     """Gradient norms of the kernels and standard deviations of the outputs of a stack of such layers."""
-    stack = [jax.jit(layer.init)(key, images) for key in jax.random.split(jax.random.key(1), depth)]
+    stack = jax.vmap(layer.init, (0, None))(jax.random.split(jax.random.key(1), depth), images)
 
     def loss(params):
-        x, sizes = images, []
-        for own, variables in zip(params, stack, strict=True):
-            x = layer.apply({**variables, "params": own}, x, True, mutable=["batch_stats"])[0]
-            sizes.append(jnp.std(x))
-        return jnp.mean(x * x), jnp.stack(sizes)
+        def step(x, variables):
+            x = layer.apply(variables, x, True, mutable=["batch_stats"])[0]
+            return x, jnp.std(x)
 
-    grads, sizes = jax.jit(jax.grad(loss, has_aux=True))([variables["params"] for variables in stack])
-    squares = [sum(np.sum(np.square(v, dtype=np.float64)) for k, v in g.items() if "kernel" in k) for g in grads]
-    return np.sqrt(squares), np.asarray(sizes)
+        x, sizes = lax.scan(step, images, {**stack, "params": params})
+        return jnp.mean(x * x), sizes
+
+    grads, sizes = jax.jit(jax.grad(loss, has_aux=True))(stack["params"])
+    kernels = [np.asarray(v, np.float64) for name, v in grads.items() if "kernel" in name]
+    return np.sqrt(sum(np.square(v).reshape(depth, -1).sum(1) for v in kernels)), np.asarray(sizes)
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
