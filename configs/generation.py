@@ -44,9 +44,24 @@ def base(dataset: str) -> ConfigDict:
     return config
 
 
-def gan(generator: Sequence[int], discriminator: Sequence[int], *, kind: str = "first_order") -> ConfigDict:
-    """One GAN of an experiment: the widths of `sngan_generator` and `sngan_discriminator`, and the kind of neurons."""
-    return ConfigDict({"generator": tuple(generator), "discriminator": tuple(discriminator), "kind": kind})
+def gan(
+    generator: Sequence[int],
+    discriminator: Sequence[int],
+    *,
+    generator_kind: str = "first_order",
+    discriminator_kind: str = "first_order",
+    discriminator_norm: str | None = None,
+) -> ConfigDict:
+    """One GAN of an experiment: the widths of `sngan_generator` and `sngan_discriminator`, and the kinds of neurons.
+
+    `discriminator_norm` is the branch norm of a quadratic discriminator. A spectral norm on every projection does not
+    bound the slope of their product; "rms" bounds the projections themselves.
+    """
+    section = ConfigDict({"generator": tuple(generator), "discriminator": tuple(discriminator)})
+    section.update({"generator_kind": generator_kind, "discriminator_kind": discriminator_kind})
+    section.discriminator_norm = config_dict.placeholder(str)
+    section.discriminator_norm = discriminator_norm
+    return section
 
 
 def adam(rate: float) -> ConfigDict:

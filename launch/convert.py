@@ -6,7 +6,8 @@ For every seed: trains the first-order network or takes it from a work directory
 with the same outputs and trains that a little; scores its layers; takes out what costs much and is worth little until
 the budget is met; and trains what is left. Beside it the source is trained on for as long, under the same memory
 policy. Writes config.json, summary.json and figures/ to the work directory, and for every training a folder with
-metrics.jsonl and checkpoints/. Started again with the same work directory it goes on where it stopped.
+metrics.jsonl and checkpoints/. Started again with the same work directory it goes on where it stopped. It runs
+on one device.
 """
 
 import functools

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 
 from configs.generation import base
+from configs.generation import gan as gan_section
 from jaxeff import data, models, quadratic, spec, training
+from jaxeff.ops.norms import checked_norm
 from jaxeff.training.workdir import CHECKPOINTS, plain_config
 from launch import classifier
 
@@ -49,21 +51,26 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def build(section: Mapping[str, Any], config: Mapping[str, Any], dataset: data.Dataset) -> Gan:
-    """Builds generator, discriminator and method of {"generator": widths, "discriminator": widths, "kind": name}.
+    """Builds generator, discriminator and method of a section that `configs.generation.gan` made.
 
-    Quadratic generators have a batch norm on every projection; no discriminator has norms.
+    Quadratic generators have a batch norm on every projection.
 
     Raises:
-      ValueError: for an unknown field or kind, or widths that do not fit the images.
+      ValueError: for an unknown field, kind or norm, or widths that do not fit the images.
     """
-    classifier.check_fields("network", section, ("generator", "discriminator", "kind"))
+    classifier.check_fields("network", section, tuple(gan_section((1, 1), (1,))))
     shape = dataset.arrays["image"].shape[1:]
     generator = models.sngan_generator(section["generator"], latent=config["latent"], output_shape=shape)
     discriminator = models.sngan_discriminator(section["discriminator"], input_shape=shape)
-    quadratic.get(section["kind"])
-    if section["kind"] != "first_order":
-        generator = spec.quadratize(generator, section["kind"], branch_norm="batch")
-        discriminator = spec.quadratize(discriminator, section["kind"])
+    for role in ("generator", "discriminator"):
+        quadratic.get(section[f"{role}_kind"])
+    checked_norm(section["discriminator_norm"])
+    if section["generator_kind"] != "first_order":
+        generator = spec.quadratize(generator, section["generator_kind"], branch_norm="batch")
+    if section["discriminator_kind"] != "first_order":
+        discriminator = spec.quadratize(
+            discriminator, section["discriminator_kind"], branch_norm=section["discriminator_norm"]
+        )
     made, judging = (
         models.Network(net, conv=quadratic.conv_layer, dense=quadratic.dense_layer)
         for net in (generator, discriminator)

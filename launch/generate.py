@@ -5,7 +5,7 @@
 First a classifier is trained, on whose features the Frechet distance between generated and test images is measured;
 the distance of as many training images is the least that a generator can hope for. Writes config.json, summary.json
 and figures/ to the work directory, and for the classifier and every network a folder with metrics.jsonl and
-checkpoints/. Started again with the same work directory it goes on where it stopped.
+checkpoints/. Started again with the same work directory it goes on where it stopped. It runs on one device.
 """
 
 from collections.abc import Mapping

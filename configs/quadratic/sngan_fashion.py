@@ -23,7 +23,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config = base("fashion_mnist")
     # Three projections at half the channels: 1.0x the generator's MACs, 0.77x the discriminator's.
     config.networks.first_order = gan((32, 32, 16), (32, 64, 128))
-    config.networks.quadratic = gan((32, 16, 8), (16, 32, 64), kind="quadralib")
+    half = {"generator": (32, 16, 8), "generator_kind": "quadralib"}
+    config.networks.quadratic_generator = gan(**half, discriminator=(32, 64, 128))
+    quadratic = {**half, "discriminator": (16, 32, 64), "discriminator_kind": "quadralib"}
+    config.networks.quadratic = gan(**quadratic)
+    config.networks.quadratic_rms = gan(**quadratic, discriminator_norm="rms")
     # Ours: in trials of 700 steps the images had clearer shapes, to the eye, than at the paper's 2e-4.
     config.generator_optimizer = adam(5e-4)
     config.discriminator_optimizer = adam(5e-4)

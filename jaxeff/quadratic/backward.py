@@ -105,28 +105,31 @@ def block(
       ValueError: for an unknown policy.
     """
     check_save(save)
-    if save == "all" or statistics is not None:
+    statistics = lax.stop_gradient(statistics)
+    if save == "all":
         y, used, _ = _forward(form, params, x, statistics)
-        return y, used
+        return y, lax.stop_gradient(used)
     if piece_bytes is None:
         piece_bytes = PIECE_BYTES if jax.default_backend() == "cpu" else 0
 
     @jax.custom_vjp
-    def run(params, x):
-        return _forward(form, params, x)[:2]
+    def run(params, x, statistics):
+        return _forward(form, params, x, statistics)[:2]
 
-    def forward(params, x):
-        y, used, zs = _forward(form, params, x)
+    def forward(params, x, statistics):
+        y, used, zs = _forward(form, params, x, statistics)
         return (y, used), (params, x, used, zs if save == "ab" else None)
 
     def backward(residuals, cotangents):
         params, x, used, zs = residuals
-        return _backward(form, piece_bytes, params, x, used, zs, cotangents[0])
+        fixed = statistics is not None
+        grads, dx = _backward(form, piece_bytes, params, x, used, zs, cotangents[0], fixed)
+        return grads, dx, jax.tree.map(jnp.zeros_like, statistics)
 
     run.defvjp(forward, backward)
     # Inside `shard_map` the gradients of shared parameters are summed over devices outside of our own rule.
     varying = compat.varying_axes(x).union(*map(compat.varying_axes, jax.tree.leaves(params)))
-    y, used = run(compat.vary(dict(params), varying), compat.vary(x, varying))
+    y, used = run(compat.vary(dict(params), varying), compat.vary(x, varying), statistics)
     return y, lax.stop_gradient(used)
 
 
@@ -160,7 +163,10 @@ def _shifted(form, params, projection, z) -> Moments:
 
 
 def _combined(form, params, zs, statistics):
-    """The neuron's output [..., O] from its raw projections; at least float32, as products double relative errors."""
+    """The neuron's output [..., O] from its raw projections.
+
+    In at least float32, as products double relative errors; the projections themselves are of the dtype of the input.
+    """
     values = []
     for p, z in zip(form.kind.projections, zs, strict=True):
         z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
@@ -186,28 +192,33 @@ def _finished(form, params, y, statistics, dtype):
 # --- the backward pass ------------------------------------------------------------------------------------------------
 
 
-def _backward(form, piece_bytes, params, x, used, zs, g):
+def _backward(form, piece_bytes, params, x, used, zs, g, fixed):
+    """Gradients of parameters and input; `fixed` says that the statistics are not those of this batch."""
     params, x = _after(g, params, x)
+    varying = compat.varying_axes(x)
+    # Shared statistics are equal on all devices; their gradients are not before they are added up here.
+    used = compat.vary(used, varying)
     kernels = {name: value for name, value in params.items() if name.startswith("kernel_")}
     small = {name: value for name, value in params.items() if name not in kernels}
     branch = {p.name: used[p.name] for p in form.kind.projections} if form.branch_norm == "batch" else None
     out = used.get(OUT)
-    if zs is None and (branch or out):
+    of_branch, of_out = branch is not None and not fixed, out is not None and not fixed
+    if zs is None and (of_branch or of_out):
         zs = form.project(params, x)  # once for all passes
     size = _piece_size(form, params, x, g, piece_bytes)
-    varying = compat.varying_axes(x)
 
     def zeros(like):
         return compat.vary(jax.tree.map(lambda a: jnp.zeros(a.shape, _wide(a)), like), varying)
 
     def of_y(y, g, by_statistics):
         (dy,) = jax.vjp(lambda y: _finished(form, small, y, out, x.dtype), y)[1](g)
-        return dy if out is None else dy + _through_moments(y, out, by_statistics)
+        return dy + _through_moments(y, out, by_statistics) if of_out else dy
 
     by_out: Any = None
     by_branch: Any = None
+    own_by_branch: Any = None
     positions = math.prod(g.shape[:-1])
-    if out is not None:
+    if of_out:
 
         def first(total, piece):
             zs, g = piece
@@ -216,14 +227,15 @@ def _backward(form, piece_bytes, params, x, used, zs, g):
             return _add(total, pullback(g)[0])
 
         by_out = _per_position(_over_pieces(first, zeros(out), (zs, g), size), positions, form.axis_name)
-    if branch is not None:
+    if of_branch:
 
         def second(total, piece):
             zs, g = piece
             y, pullback = jax.vjp(lambda branch: _combined(form, small, zs, branch), branch)
             return _add(total, pullback(of_y(y, g, by_out))[0])
 
-        by_branch = _per_position(_over_pieces(second, zeros(branch), (zs, g), size), positions, form.axis_name)
+        own_by_branch = _over_pieces(second, zeros(branch), (zs, g), size)
+        by_branch = _per_position(own_by_branch, positions, form.axis_name)
 
     def third(total, piece):
         x, zs, g = piece
@@ -232,7 +244,7 @@ def _backward(form, piece_bytes, params, x, used, zs, g):
         y, pull_combined = jax.vjp(lambda small, zs: _combined(form, small, zs, branch), small, zs)
         (by_small,) = jax.vjp(lambda small: _finished(form, small, y, out, x.dtype), small)[1](g)
         more, dzs = pull_combined(of_y(y, g, by_out))
-        if branch is not None:
+        if branch is not None and of_branch:
             dzs = tuple(
                 (dz + _through_moments(z + small.get(f"bias_{p.name}", 0), branch[p.name], by_branch[p.name])).astype(
                     z.dtype
@@ -245,8 +257,8 @@ def _backward(form, piece_bytes, params, x, used, zs, g):
     grads, dx = _replaced_by_pieces(third, zeros({**small, **kernels}), x, (zs, g), size)
     for p in form.kind.projections:
         # A bias also moves the mean that its batch norm takes away again.
-        if branch is not None and f"bias_{p.name}" in grads:
-            grads[f"bias_{p.name}"] += by_branch[p.name].mean * positions
+        if of_branch and f"bias_{p.name}" in grads:
+            grads[f"bias_{p.name}"] += own_by_branch[p.name].mean
     return jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, dict(params)), dx
 
 
@@ -266,19 +278,25 @@ def _through_moments(z, statistics, gradient):
 
 def _per_position(gradient, positions: int, axis_name):
     if axis_name is not None:
-        gradient = lax.pmean(gradient, axis_name)
+        try:
+            gradient = lax.pmean(gradient, axis_name)
+        except NameError as error:
+            raise ValueError(
+                f"axis_name={axis_name!r} is not bound in the backward pass: jax.vmap binds its axis only where the "
+                "gradient is taken inside of it; take it there, or use save='all'"
+            ) from error
     return jax.tree.map(lambda leaf: leaf / positions, gradient)
 
 
-def _piece_size(form, params, x, g, piece_bytes: int) -> int:
-    """How many examples a piece has."""
+def _piece_size(form, params, x, g, piece_bytes: int) -> int | None:
+    """How many examples a piece has; None for all at once."""
     if not piece_bytes or x.ndim < 2 or not g.size:
-        return max(1, x.shape[0])
+        return None
     largest = max(p.rank for p in form.kind.projections) * math.prod(g.shape[1:]) * jnp.dtype(_wide(g)).itemsize
     return min(x.shape[0], max(1, piece_bytes // largest))
 
 
-def _over_pieces(run, total, arrays, size: int):
+def _over_pieces(run, total, arrays, size: int | None):
     """Adds up (total, piece) -> total over pieces of that many examples, in a loop, and the rest at the end.
 
     Pieces are cut from the arrays as they are: an array reshaped for `lax.scan` would be a second copy of it, which XLA
@@ -289,14 +307,14 @@ def _over_pieces(run, total, arrays, size: int):
     def step(total, start, count):
         return run(total, _cut(arrays, start, count))
 
-    if length <= size:
+    if size is None or length <= size:
         return run(total, arrays)
     whole = length // size
     total, _ = lax.scan(lambda total, start: (step(total, start, size), None), total, size * jnp.arange(whole))
     return step(total, whole * size, length % size) if length % size else total
 
 
-def _replaced_by_pieces(run, total, x, arrays, size: int):
+def _replaced_by_pieces(run, total, x, arrays, size: int | None):
     """As `_over_pieces` of (total, (x, arrays)) -> (total, new x); piece by piece x gives way to the new one.
 
     So the gradient of the input needs no memory of its own.
@@ -308,7 +326,7 @@ def _replaced_by_pieces(run, total, x, arrays, size: int):
         total, new = run(total, (_cut(x, start, count), *_cut(arrays, start, count)))
         return total, lax.dynamic_update_slice_in_dim(x, new, start, 0)
 
-    if length <= size:
+    if size is None or length <= size:
         return run(total, (x, *arrays))
     whole = length // size
     carry, _ = lax.scan(lambda carry, start: (step(carry, start, size), None), (total, x), size * jnp.arange(whole))

@@ -135,11 +135,11 @@ def dense_block(
     chosen = kinds.get(kind)
     projections.check_params(chosen, params)
     if impl == "fused":
-        return _fused_block(chosen, params, x, statistics, save, surroundings)
-    project = projections.dense(chosen, precision, impl)
-    return backward.block(
-        Form(chosen, project, **surroundings), params, x, statistics, save=save, piece_bytes=piece_bytes
-    )
+        form, params = _fused(chosen, params, precision, surroundings)
+    else:
+        impl = projections.resolved(impl, chosen, params, x, projections.Window())
+        form = Form(chosen, projections.dense(chosen, precision, impl), **surroundings)
+    return backward.block(form, params, x, statistics, save=save, piece_bytes=piece_bytes)
 
 
 def conv_block(
@@ -188,20 +188,26 @@ def conv_block(
                 "impl='fused' is for 1x1 convolutions with stride 1, groups=1 and no padding, got "
                 f"{tuple(window)}; use impl='auto'"
             )
-        return _fused_block(chosen, params, x, statistics, save, surroundings)
-    project = projections.conv(chosen, window, precision, impl, conv_general_dilated)
-    return backward.block(
-        Form(chosen, project, **surroundings), params, x, statistics, save=save, piece_bytes=piece_bytes
-    )
+        form, params = _fused(chosen, params, precision, surroundings)
+    else:
+        impl = projections.resolved(impl, chosen, params, x, window)
+        form = Form(chosen, projections.conv(chosen, window, precision, impl, conv_general_dilated), **surroundings)
+    return backward.block(form, params, x, statistics, save=save, piece_bytes=piece_bytes)
 
 
-def _fused_block(kind, params, x, statistics, save, surroundings):
-    """The neurons as one kernel, and the output norm and activation after it."""
-    backward.check_save(save)
+def _fused(kind, params, precision, surroundings) -> tuple[Form, dict[str, Any]]:
+    """The neurons as one projection of a first-order form, with the output norm and activation after it."""
     inside = [name for name in ("branch_norm", "branch_act", "branch") if surroundings.get(name) is not None]
     if inside:
         raise ValueError(f"impl='fused' has nothing between projections and product, got {', '.join(inside)}")
-    form = Form(kinds.get("first_order"), lambda params, y: (y,), **surroundings)
-    y = projections.fused(kind, params, x)
-    rest = {name: value for name, value in params.items() if name == f"norm_{backward.OUT}"}
-    return backward.block(form, rest, y, statistics)
+    if precision is not None:
+        raise ValueError(f"impl='fused' computes in the precision of its kernel, got precision={precision!r}; use None")
+    # As far as the form knows, the biases belong to the kernel: they are inside of its product.
+    inner = {f"kernel_{name}": name for name in params if name.startswith(("kernel_", "bias_"))}
+
+    def project(params, x):
+        return (projections.fused(kind, {name: params[outer] for outer, name in inner.items()}, x),)
+
+    rest = {name: value for name, value in params.items() if name.startswith("norm_")}
+    renamed = {outer: params[name] for outer, name in inner.items()}
+    return Form(kinds.get("first_order"), project, **surroundings), {**renamed, **rest}

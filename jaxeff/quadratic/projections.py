@@ -96,13 +96,34 @@ def check_params(kind: Kind, params: Mapping[str, Any]) -> None:
         )
 
 
+def resolved(impl: Impl, kind: Kind, params: Mapping[str, Any], x: jax.Array, window: Window) -> Impl:
+    """What "auto" stands for in a layer; decided once, as backward passes see pieces of x.
+
+    Raises:
+      ValueError: for an unknown implementation.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    kernels = [params[f"kernel_{name}"] for name in stackable(kind)]
+    if impl != "auto" or len(kernels) < 2:
+        return "separate" if impl == "auto" else impl
+    measured: Any = autotune.lookup(autotune.signature(x, kernels, window))
+    # On CPU stacking and splitting are real copies; an accelerator reads the input once instead of three times.
+    return measured or ("separate" if jax.default_backend() == "cpu" else "stacked")
+
+
+def stackable(kind: Kind) -> list[str]:
+    """Names of the projections of x that have kernels of their own, which can be one product."""
+    return [p.name for p in kind.projections if p.of == "x" and p.kernel is None]
+
+
 def dense(kind: Kind, precision: Any, impl: Impl) -> Project:
     """The projections of a dense layer, as a function (params, x [..., I]) -> arrays [..., M * r], without biases."""
 
     def linear(z, kernel):
         return lax.dot_general(z, kernel, (((z.ndim - 1,), (0,)), ((), ())), precision=precision)
 
-    return _project(kind, linear, lambda x, params: x[..., None, :], impl, Window(), precision)
+    return _project(kind, linear, lambda x, params: x[..., None, :], impl, 1, precision)
 
 
 def conv(kind: Kind, window: Window, precision: Any, impl: Impl, convolution: Callable[..., jax.Array]) -> Project:
@@ -124,20 +145,18 @@ def conv(kind: Kind, window: Window, precision: Any, impl: Impl, convolution: Ca
             precision=precision,
         )
 
-    return _project(
-        kind, linear, lambda x, params: _patches(x, _kernel_size(window, kind, params), window), impl, window, precision
-    )
+    def patches(x, params):
+        return _patches(x, _kernel_size(window, kind, params), window)
+
+    return _project(kind, linear, patches, impl, window.groups, precision)
 
 
-def _project(kind, linear, patches, impl, window, precision) -> Project:
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-
+def _project(kind, linear, patches, impl, groups, precision) -> Project:
     def project(params, x):
-        of_x = [p.name for p in kind.projections if p.of == "x" and p.kernel is None]
+        of_x = stackable(kind)
         values = {}
-        if len(of_x) > 1 and _stacks(impl, x, [params[f"kernel_{name}"] for name in of_x], window):
-            values = _stacked(linear, x, {name: params[f"kernel_{name}"] for name in of_x}, window.groups)
+        if impl == "stacked" and len(of_x) > 1:
+            values = _stacked(linear, x, {name: params[f"kernel_{name}"] for name in of_x}, groups)
         for p in kind.projections:
             kernel = params[f"kernel_{p.kernel or p.name}"]
             if p.of in PAIRS:
@@ -147,15 +166,6 @@ def _project(kind, linear, patches, impl, window, precision) -> Project:
         return tuple(values[p.name] for p in kind.projections)
 
     return project
-
-
-def _stacks(impl: Impl, x, kernels, window: Window) -> bool:
-    """Whether one product with all kernels side by side is to be preferred to a product with each."""
-    if impl != "auto":
-        return impl == "stacked"
-    measured = autotune.lookup(autotune.signature(x, kernels, window))
-    # On CPU stacking and splitting are real copies; an accelerator reads the input once instead of three times.
-    return measured == "stacked" if measured is not None else jax.default_backend() != "cpu"
 
 
 def _stacked(linear, x, kernels, groups: int) -> dict[str, jax.Array]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxeff.quadratic import autotune, kinds
 from jaxeff.quadratic.layers import QuadraticConv, QuadraticDense
-from jaxeff.quadratic.projections import Window
+from jaxeff.quadratic.projections import Window, stackable
 
 
 def tune(module: nn.Module, x: Any) -> dict[str, str]:
@@ -27,8 +27,8 @@ def tune(module: nn.Module, x: Any) -> dict[str, str]:
     def watch(next_function, args, kwargs, context):
         layer = context.module
         if isinstance(layer, QuadraticConv | QuadraticDense) and context.method_name == "__call__":
-            shape = jax.ShapeDtypeStruct(args[0].shape, layer.dtype or args[0].dtype)
-            seen.append((layer.clone(parent=None, name=None), shape))
+            shown = jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)
+            seen.append((layer.clone(parent=None, name=None), shown))
         return next_function(*args, **kwargs)
 
     with nn.intercept_methods(watch):
@@ -47,15 +47,16 @@ def tune(module: nn.Module, x: Any) -> dict[str, str]:
 def _signature(layer, x) -> str | None:
     """The name under which the layer will look itself up; None for a kind with a single projection of the input."""
     kernels = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
-    of_x = [p.name for p in kinds.get(layer.kind).projections if p.of == "x" and p.kernel is None]
+    of_x = stackable(kinds.get(layer.kind))
     if len(of_x) < 2:
         return None
+    dtype = layer.dtype or jnp.result_type(x.dtype, *(leaf.dtype for leaf in jax.tree.leaves(kernels)))
     if isinstance(layer, QuadraticConv):
         window = Window(layer.strides, layer.padding, layer.kernel_dilation, layer.feature_group_count)
     else:
         window = Window()
-    shapes = [jax.ShapeDtypeStruct(kernels[f"kernel_{name}"].shape, x.dtype) for name in of_x]
-    return autotune.signature(x, shapes, window)
+    shapes = [jax.ShapeDtypeStruct(kernels[f"kernel_{name}"].shape, dtype) for name in of_x]
+    return autotune.signature(jax.ShapeDtypeStruct(x.shape, dtype), shapes, window)
 
 
 def _step(layer):

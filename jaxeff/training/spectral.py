@@ -1,7 +1,8 @@
 """Spectral normalisation as a pure function on parameters (Miyato et al. 2018, arXiv 1802.05957).
 
 It knows kernels by name, not layers, so every projection of every kind of neuron is normalised alike, and a network is
-normalised by calling it with other parameters.
+normalised by calling it with other parameters. The linear maps between features that some kinds have behind their
+projections ("mix" of CCP and NCP) are not called kernels: a `select` that is to reach them names them too.
 """
 
 from __future__ import annotations
@@ -95,11 +96,13 @@ def spectral_normalise(
 
 def _spectral_norm(matrix: jax.Array, vector: jax.Array, iterations: int) -> tuple[jax.Array, jax.Array]:
     fixed = lax.stop_gradient(matrix)
-    vector = lax.fori_loop(1, iterations, lambda _, v: _unit(_unit(fixed @ v) @ fixed), vector)
-    left = _unit(fixed @ vector)
-    vector = _unit(left @ fixed)
-    # A kernel of zeros stays one, instead of becoming NaN.
-    return jnp.maximum(left @ matrix @ vector, EPSILON), vector
+    further = lax.fori_loop(1, iterations, lambda _, v: _unit(_unit(fixed @ v) @ fixed), vector)
+    left = _unit(fixed @ further)
+    new = _unit(left @ fixed)
+    # A kernel of zeros has no direction: it stays as it is, and the vector waits for it to move.
+    moved = left @ fixed @ new > EPSILON
+    new = jnp.where(moved, new, vector)
+    return jnp.where(moved, left @ matrix @ new, 1.0), new
 
 
 def _unit(vector: jax.Array) -> jax.Array:

@@ -14,8 +14,10 @@ def tiny():
     config.dataset, config.train_split, config.test_split = "digits", "train[:64]", "test[:40]"
     config.steps, config.batch_size, config.samples, config.sheet, config.latent = 4, 8, 40, (2, 3), 5
     config.discriminator_steps = 2
-    config.networks.first_order.update({"generator": (4, 3), "discriminator": (3, 2)})
-    config.networks.quadratic.update({"generator": (4, 3), "discriminator": (3, 2)})
+    first_order, quadratic = config.networks.first_order, config.networks.quadratic_rms
+    config.networks = {"first_order": first_order, "quadratic": quadratic}
+    for section in (first_order, quadratic):
+        section.update({"generator": (4, 3), "discriminator": (3, 2)})
     config.classifier.network.options.plan = (2, "M", 3)
     config.classifier.batch_size = 32
     return config
@@ -57,7 +59,8 @@ def test_a_finished_run_started_again_gives_the_same_summary(finished):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.networks.quadratic.update(kind="t9"), "unknown kind 't9'"),
+        (lambda c: c.networks.quadratic.update(generator_kind="t9"), "unknown kind 't9'"),
+        (lambda c: c.networks.quadratic.update(discriminator_norm="spectral"), "norm must be .*'spectral'"),
         (lambda c: c.networks.quadratic.update(generator=(4, 3, 2, 1, 1)), "divide by 16"),
         (lambda c: c.networks.update({"classifier": c.networks.quadratic}), "none of them called 'classifier'"),
         (lambda c: c.update(sample=3), "unknown field sample; valid fields: .*samples"),
@@ -69,7 +72,8 @@ def test_a_finished_run_started_again_gives_the_same_summary(finished):
         (lambda c: c.generator_optimizer.update(name="adams"), "adam"),
     ],
     ids=[
-        "kind", "widths", "name", "unknown field", "classifier field", "samples", "sheet", "evaluations", "batch",
+        "kind", "norm",
+        "widths", "name", "unknown field", "classifier field", "samples", "sheet", "evaluations", "batch",
         "optimizer",
     ],
 )  # fmt: skip

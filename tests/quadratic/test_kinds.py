@@ -104,7 +104,7 @@ def normal(seed, *shape):
 def weights(kind, *receptive, features=6, bias=True, groups=1):
     """Random parameters with the shapes that the layers declare."""
     if len(receptive) == 1:
-        layer, x = quadratic.QuadraticDense(features, kind, bias), np.ones((1, *receptive), np.float32)
+        layer, x = quadratic.QuadraticDense(features, kind=kind, use_bias=bias), np.ones((1, *receptive), np.float32)
     else:
         x = np.ones((1, *receptive[:2], receptive[2] * groups), np.float32)
         layer = quadratic.QuadraticConv(features, receptive[:2], kind=kind, use_bias=bias, feature_group_count=groups)

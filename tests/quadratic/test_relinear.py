@@ -32,7 +32,7 @@ def test_groups_of_a_network():
 @pytest.mark.parametrize("kind", ["quadralib", "t4", "fan", "qres", "ncp(order=2)"])
 def test_without_pace_training_is_that_of_the_first_order_twin(kind):
     settings = dict(initialization="relinear", use_bias=True)
-    ours, twin = QuadraticDense(4, kind, **settings), QuadraticDense(4, "first_order", **settings)
+    ours, twin = (QuadraticDense(4, kind=k, **settings) for k in (kind, "first_order"))
     params = ours.init(jax.random.key(0), X)["params"]
     own = {"t4": "b", "fan": "a", "qres": "a", "ncp(order=2)": "u2"}.get(kind, "c")
     first = {"kernel_c": params[f"kernel_{own}"], "bias_c": params.get(f"bias_{own}", params.get("offset"))}

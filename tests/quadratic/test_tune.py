@@ -36,6 +36,25 @@ def test_layers_use_what_tuning_found(monkeypatch):
         monkeypatch.setenv("JAXEFF_CACHE_DIR", str(autotune.table_path().parent))
 
 
+def test_a_choice_holds_for_pieces_of_the_batch_and_for_the_dtype_that_a_layer_computes_in(monkeypatch):
+    layer = quadratic.QuadraticConv(4, branch_norm="batch", save="x")
+    x = jnp.zeros((6, 5, 5, 4), jnp.bfloat16)
+    monkeypatch.setattr(autotune, "fastest", lambda *_: "stacked")
+    quadratic.tune(layer, x)
+    used = []
+    monkeypatch.setattr(projections, "_stacked", lambda *args, f=projections._stacked: used.append(1) or f(*args))
+    variables = layer.init(jax.random.key(0), x)
+    rest = {name: value for name, value in variables.items() if name != "params"}
+
+    def loss(params, x):
+        return layer.apply({"params": params, **rest}, x, True, mutable=["batch_stats"])[0].sum()
+
+    monkeypatch.setattr("jaxeff.quadratic.backward.PIECE_BYTES", 900)
+    used.clear()
+    jax.eval_shape(jax.grad(loss), variables["params"], x)
+    assert len(used) >= 3  # forward, recomputed and in the loop over pieces
+
+
 def test_the_faster_form_wins():
     import time
 

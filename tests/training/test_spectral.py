@@ -77,9 +77,15 @@ def test_the_gradient_is_that_of_the_paper():
     np.testing.assert_allclose(gradient["kernel"], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_kernel_of_zeros_stays_one():
-    result, _ = normalised({"kernel": jnp.zeros((3, 2))})
+def test_a_kernel_of_zeros_stays_one_until_it_moves():
+    zeros = {"kernel": jnp.zeros((3, 2))}
+    result, vectors = normalised(zeros)
     np.testing.assert_array_equal(result["kernel"], np.zeros((3, 2)))
+    gradient = jax.grad(lambda p: training.spectral_normalise(p, vectors)[0]["kernel"].sum())(zeros)
+    np.testing.assert_array_equal(gradient["kernel"], np.ones((3, 2)))
+    weights = RNG.normal(size=(3, 2))
+    result, _ = training.spectral_normalise(as_arrays({"kernel": weights}), vectors, iterations=50)
+    np.testing.assert_allclose(result["kernel"], weights / np.linalg.norm(weights, 2), rtol=1e-5)
 
 
 def test_select_leaves_other_kernels_alone():
