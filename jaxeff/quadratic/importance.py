@@ -162,9 +162,12 @@ def _with_masks(network, variables, masked, images):
     for path in masked:
         stages.setdefault(path.split("/")[0], []).append(path)
 
+    inside = False  # of a layer that runs alone, whose own layers may have the names of stages
+
     def grow(call, args, kwargs, context):
+        nonlocal inside
         module = context.module
-        if context.method_name != "__call__" or len(module.path) != 1 or module.path[0] not in stages:
+        if inside or context.method_name != "__call__" or len(module.path) != 1 or module.path[0] not in stages:
             return call(*args, **kwargs)
         x, *others = args
         name, outputs = module.path[0], [call(*args, **kwargs)]
@@ -176,9 +179,11 @@ def _with_masks(network, variables, masked, images):
             (node_of(params, inner) if inner else params)["layer"].update(kernels)
             return alone.apply({**own, "params": params}, x[:rows], *others, **kwargs)
 
+        inside = True
         for path in stages[name]:
             y = jax.vmap(lambda kernels, path=path: run(kernels, path.partition("/")[2]))(masked[path])
             outputs.append(y.reshape(-1, *y.shape[2:]))
+        inside = False
         return jnp.concatenate(outputs)
 
     with nn.intercept_methods(grow):

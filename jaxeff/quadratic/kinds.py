@@ -86,7 +86,8 @@ class Kind:
         without extras and with one output. None has JAX differentiate `combine`.
       extras: further parameters.
       outputs: output channels of one neuron.
-      operations: multiplications and additions per neuron after the projections, as the field counts them.
+      operations: operations per neuron after the projections, as the field counts them: products, and of QuadraLib's
+        neuron and those alike the sum too; the sum with a square or a full form is not counted.
     """
 
     name: str
@@ -160,6 +161,8 @@ def register(kind: Kind, *, overwrite: bool = False) -> Kind:
     own = {p.name for p in kind.projections if p.kernel is None}
     if missing := sorted({p.kernel for p in kind.projections if p.kernel} - own):
         raise ValueError(f"kind {kind.name!r} shares the kernels of {missing}, but its own are those of {sorted(own)}")
+    if kind.name in FAMILIES:
+        raise ValueError(f"kind {kind.name!r} would hide the family of that name; choose another name")
     if kind.name in KINDS and KINDS[kind.name] != kind and not overwrite:
         raise ValueError(
             f"kind {kind.name!r} exists already: {KINDS[kind.name].formula}; choose another name or pass overwrite=True"

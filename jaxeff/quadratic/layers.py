@@ -192,10 +192,12 @@ class QuadraticConv(_QuadraticLayer):
         groups = self.feature_group_count
         if x.ndim != 4:
             raise ValueError(f"x must be [N, H, W, C], got shape {x.shape}")
-        if groups < 1 or x.shape[-1] % groups or kinds.get(self.kind).neurons(self.features) % groups:
+        neurons = kinds.get(self.kind).neurons(self.features)
+        if groups < 1 or x.shape[-1] % groups or neurons % groups:
+            what = "features" if neurons == self.features else f"neurons of {self.features // neurons} features each"
             raise ValueError(
-                f"feature_group_count={groups} must divide the {x.shape[-1]} input channels and the "
-                f"{self.features} features; choose a common divisor of both"
+                f"feature_group_count={groups} must divide the {x.shape[-1]} input channels and the {neurons} {what}; "
+                "choose a common divisor of both"
             )
         return self._run(
             conv_block,

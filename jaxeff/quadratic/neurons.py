@@ -179,6 +179,16 @@ def conv_block(
         raise ValueError(f"x must be [N, H, W, C], got shape {x.shape}")
     chosen = kinds.get(kind)
     projections.check_params(chosen, params)
+    if (
+        groups < 1
+        or x.shape[-1] % groups
+        or any(params[k].shape[-1] % groups for k in params if k.startswith("kernel_"))
+    ):
+        outputs = {k: params[k].shape[-1] for k in sorted(params) if k.startswith("kernel_")}
+        raise ValueError(
+            f"groups={groups} must be at least 1 and divide the {x.shape[-1]} input channels and the outputs of every "
+            f"projection, {outputs}"
+        )
     window = projections.Window(tuple(strides), padding, tuple(dilation), groups, tuple(kernel_size or ()) or None)
     if impl == "fused":
         pointwise = params[f"kernel_{chosen.projections[0].name}"].shape[:2] == (1, 1)

@@ -11,7 +11,7 @@ steps (`gamma`) or by shrinking them after every step (`shrink`).
 >>> tx = optax.chain(optax.sgd(0.1), restrain(groups(params, "quadralib"), gamma=0.01))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,36 +20,40 @@ import optax
 
 from jaxeff import spec, trees
 from jaxeff.quadratic import kinds
+from jaxeff.quadratic.layers import STARTS
 
-Group = Literal["twin", "quadratic", "rest"]
+Group = Literal["twin", "quadratic", "quadratic_at_one", "quadratic_at_identity", "rest"]
 Schedule = Callable[[Any], Any]
 
 
-def groups(params: Any, kind: str | spec.Architecture) -> Any:
+def groups(params: Any, kind: str | spec.Architecture, only: Collection[str] | None = None) -> Any:
     """Says of every parameter what it belongs to.
 
     Args:
       params: parameters of one layer, of a network, or any tree with quadratic layers in it.
       kind: the kind of all its quadratic layers, or the architecture whose network has these parameters.
+      only: projections and extras whose parameters count as quadratic, the others' being "rest"; None for all. So that
+        transformations with paces of their own can be chained.
 
     Returns:
       A tree of the same structure: "twin" for what the first-order twin has as well (weights, bias and branch norm of
-      the projection that starts as it), "quadratic" for the other projections and the extras of the kind, "rest" for
-      everything outside of quadratic layers and for output norms.
+      the projection that starts as it); "quadratic" for the other projections and the extras of the kind, which are
+      switched off at zero, or "quadratic_at_one" and "quadratic_at_identity" for those that are there; "rest" for
+      everything outside of quadratic layers and for output norms. Of a kind without a twin all parameters are
+      "quadratic".
 
     Raises:
-      ValueError: for a kind without a first-order twin.
+      ValueError: for an unknown kind.
     """
     if isinstance(kind, str):
         everywhere = kinds.get(kind)
-        kinds.relinear_starts(everywhere)
-        return trees.map_named(lambda name, _: _group(name.split("/"), everywhere), params)
+        return trees.map_named(lambda name, _: _group(name.split("/"), everywhere, only), params)
     layers = {path: layer for path, layer in spec.walk(kind) if isinstance(layer, spec.Conv | spec.Dense)}
 
     def group(name, _):
         # Parameters of the layer at "block/conv1" are called "block/conv1/layer/...".
         path, found, parameter = name.partition("/layer/")
-        return _group(parameter.split("/"), kinds.get(layers[path].kind)) if found and path in layers else "rest"
+        return _group(parameter.split("/"), kinds.get(layers[path].kind), only) if found and path in layers else "rest"
 
     return trees.map_named(group, params)
 
@@ -69,13 +73,15 @@ def restrain(
 ) -> optax.GradientTransformation:
     """Restrains the quadratic parameters; to be chained after the optimiser.
 
-    With gamma=0 and a ReLinear start, training is that of the first-order twin. Fan et al. train a ResNet with 1e-4.
+    With gamma=0 and a ReLinear start, training is that of the first-order twin, unless gradients are clipped by their
+    global norm, in which the quadratic ones have a share. Fan et al. train a ResNet with 1e-4.
 
     Args:
       labels: tree of groups as `groups` makes it.
       gamma: factor on the updates of quadratic parameters, or a schedule of the step: their learning rate in units of
         the others'. The factor is on the update and not on the gradient, which Adam would undo.
-      shrink: factor on the quadratic parameters after each step, or a schedule.
+      shrink: factor on what separates the quadratic parameters from being switched off, after each step; or a
+        schedule.
 
     Returns:
       The transformation; with `shrink` its update needs the parameters.
@@ -99,10 +105,13 @@ def restrain(
         keep = shrink(state.step) if callable(shrink) else shrink
 
         def one(label, step, param):
-            if label != "quadratic":
+            if not label.startswith("quadratic"):
                 return step
             step = step * jnp.asarray(pace, step.dtype)
-            return step if param is None else keep * (param + step) - param
+            if param is None:
+                return step
+            off = _OFF[label](None, param.shape, param.dtype)
+            return off + keep * (param + step - off) - param
 
         if shrinks:
             updates = jax.tree.map(one, labels, updates, params)
@@ -113,12 +122,22 @@ def restrain(
     return optax.GradientTransformation(init, update)
 
 
-def _group(names: list[str], kind: kinds.Kind) -> Group:
-    starts = kinds.relinear_starts(kind)
+def _group(names: list[str], kind: kinds.Kind, only: Collection[str] | None) -> Group:
+    starts = {part.name: part.relinear for part in kind.parts}
     for name in reversed(names):
-        if name in {extra.name for extra in kind.extras}:
-            return "quadratic"
-        part, _, projection = name.partition("_")
-        if part in ("kernel", "bias", "norm") and projection in starts:
-            return "twin" if starts[projection] == "twin" else "quadratic"
+        extra = name in {extra.name for extra in kind.extras}
+        part, _, projection = ("", "", name) if extra else name.partition("_")
+        if not extra and (part not in ("kernel", "bias", "norm") or projection not in starts):
+            continue
+        start = starts[projection]
+        if start == "twin" or (only is not None and projection not in only):
+            return "twin" if start == "twin" else "rest"
+        if start == "identity":
+            return "quadratic_at_identity"
+        # A projection is one through its offset, its own or its norm's.
+        offset = extra or part == "bias" or names[-1] == "bias"
+        return "quadratic_at_one" if start == "one" and offset else "quadratic"
     return "rest"
+
+
+_OFF = {"quadratic": STARTS["zero"], "quadratic_at_one": STARTS["one"], "quadratic_at_identity": STARTS["identity"]}

@@ -247,7 +247,7 @@ register(
         lambda a, b, s: a * b + s,
         "Fan et al. 2023, arXiv 2110.06081",
         lambda a, b, s: (b, a, 1),
-        operations=2,
+        operations=1,
     )
 )
 register(
@@ -284,7 +284,6 @@ register(
         lambda c, s: c + s,
         "Noel et al. 2023, arXiv 2310.02901",
         lambda c, s: (1, 1),
-        operations=1,
     )
 )
 for _name, _build in {

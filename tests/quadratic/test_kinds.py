@@ -237,7 +237,8 @@ TABLE = {
     "t4": (lambda n: 2 * n, lambda n: 2 * n + 1),
     "t2_t4": (lambda n: 2 * n, lambda n: 3 * n + 1),
     "quadralib": (lambda n: 3 * n, lambda n: 3 * n + 2),
-    "fan": (lambda n: 3 * n, lambda n: 3 * n + 2),
+    "fan": (lambda n: 3 * n, lambda n: 3 * n + 1),
+    "reduced": (lambda n: 2 * n, lambda n: 2 * n),
 }
 
 

@@ -64,6 +64,30 @@ def test_without_pace_training_is_that_of_the_first_order_twin(kind):
     assert np.abs(expected["kernel_c"] - first["kernel_c"]).max() > 0.1
 
 
+def test_kinds_without_a_twin_are_quadratic_all_through_and_projections_can_be_told_apart():
+    assert relinear.groups({"kernel_a": X, "bias_a": X}, "t3") == {"kernel_a": "quadratic", "bias_a": "quadratic"}
+    params = {f"kernel_{p}": X for p in "abs"}
+    assert relinear.groups(params, "fan", only=["s"]) == {
+        "kernel_a": "twin",
+        "kernel_b": "rest",
+        "kernel_s": "quadratic",
+    }
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+@pytest.mark.parametrize("kind", ["quadralib", "t4", "fan", "qres", "ccp(order=2)", "ncp(order=2)"])
+def test_shrinking_alone_leaves_the_first_order_function(kind, norm):
+    layer = QuadraticDense(4, kind=kind, initialization="relinear", branch_norm=norm)
+    variables = layer.init(jax.random.key(0), X)
+    params = variables["params"]
+    tx = relinear.restrain(relinear.groups(params, kind), gamma=0.0, shrink=0.5)
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(layer.apply({**variables, "params": params}, X), layer.apply(variables, X), atol=1e-5)
+
+
 def test_restraint_scales_and_shrinks_only_quadratic_parameters():
     params = {
         "kernel_a": jnp.ones(3),
@@ -86,8 +110,8 @@ def test_settings_that_cannot_be_are_an_error():
         relinear.restrain({}, gamma=-1)
     with pytest.raises(ValueError, match=r"shrink must be in \[0, 1\] .*, got 1.5"):
         relinear.restrain({}, shrink=1.5)
-    with pytest.raises(ValueError, match="kind 't3' .*cannot start as a first-order layer"):
-        relinear.groups({"kernel_a": X}, "t3")
+    with pytest.raises(ValueError, match="unknown kind 't9'"):
+        relinear.groups({"kernel_a": X}, "t9")
     tx = relinear.restrain({"kernel_a": "quadratic"}, shrink=0.5)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update({"kernel_a": X}, tx.init({"kernel_a": X}))
