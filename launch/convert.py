@@ -62,6 +62,13 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     reference = costs_of(first_order).total
     for name in STAGES:
         training.optimizer_from(config["training"][name]["optimizer"], max(1, steps_of(config, name, sets.train)))
+    convert.smallest(
+        target,
+        dict(config["budget"]),
+        lambda architecture: costs_of(quadratic_network(architecture, config)),
+        reference=reference,
+        actions=config["actions"],
+    )
     folders = [f"seed{seed}/{name}" for seed in config["seeds"] for name in STAGES]
     directory, _ = training.prepare_workdir(workdir, plain_config(config), overwrite, folders)
 

@@ -7,7 +7,7 @@ for plain, residual and depthwise-separable networks alike.
 """
 
 from jaxeff.quadratic.importance import LayerScore, Scores, mask, score
-from jaxeff.quadratic.reduction import ACTIONS, BUDGETS, Reduction, reduce
+from jaxeff.quadratic.reduction import ACTIONS, BUDGETS, Reduction, reduce, smallest
 from jaxeff.quadratic.transplant import fresh_layers, transplant
 from jaxeff.spec import quadratize
 
@@ -22,5 +22,6 @@ __all__ = [
     "quadratize",
     "reduce",
     "score",
+    "smallest",
     "transplant",
 ]

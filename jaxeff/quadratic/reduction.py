@@ -1,13 +1,13 @@
 """Fewer and smaller layers: what is expensive and unimportant is taken out of an architecture."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxeff import costs, spec
 from jaxeff.quadratic import kinds
 from jaxeff.quadratic.importance import Scores, ri, shares
-from jaxeff.quadratic.transplant import weighted_layers
+from jaxeff.quadratic.transplant import has_linear_part, weighted_layers
 from jaxeff.spec import DEPTHWISE, Architecture, Conv, Dense, Residual
 
 BUDGETS: tuple[str, ...] = ("params", "macs", "residual_bytes")
@@ -38,6 +38,9 @@ def reduce(
 ) -> Reduction:
     """Takes away what has the highest RI until a network fits its budget.
 
+    Where that ends in a network from which nothing more can be taken, what saves most is taken away instead, from the
+    start and whatever its RI (`smallest`): a budget is refused only if that does not meet it either.
+
     What is taken away is a layer, a residual block as a whole, or a depthwise and the pointwise convolution behind it,
     whose parameters, MACs and losses are added up. The shares are those of the network as it is by then.
 
@@ -60,44 +63,99 @@ def reduce(
       ValueError: for an unknown budget or action, scores of other layers, a fraction without a reference, or a budget
         that cannot be met: the smallest reachable network is named.
     """
-    limits = _limits(budget, reference)
-    if not actions or (unknown := sorted(set(actions) - set(ACTIONS))):
-        raise ValueError(f"actions must be some of {', '.join(map(repr, ACTIONS))}, got {tuple(actions)}")
     drops = {row.layer: row.drop for row in scores.rows}
     if unknown := sorted(set(drops) - {path for path, _ in weighted_layers(architecture)}):
         raise ValueError(f"scores are of layers that {architecture.name!r} does not have: {', '.join(unknown)}")
+    limits = _limits(budget, reference)
+
+    def by_ri(units, report):
+        def rank(unit):
+            params_share, macs_share = shares(report, unit.paths)
+            share = params_share * macs_share
+            return ri(share, sum(drops.get(path, 0.0) for path in unit.paths)), share
+
+        return sorted(units, key=rank, reverse=True)
+
+    found = _taken_away(architecture, drops, costs_of, limits, actions, by_ri, lambda steps: next(steps, None))
+    if _fits(found.cost, limits):
+        return found
+    return smallest(architecture, budget, costs_of, reference=reference, actions=actions, layers=drops)
+
+
+def smallest(
+    architecture: Architecture,
+    budget: Mapping[str, float],
+    costs_of: Callable[[Architecture], costs.CostReport],
+    *,
+    reference: costs.LayerCost | None = None,
+    actions: Sequence[str] = ("remove",),
+    layers: Collection[str] | None = None,
+) -> Reduction:
+    """Takes away what saves most until a network fits its budget; says before any training what a budget can be.
+
+    Args:
+      architecture, budget, costs_of, reference, actions: as in `reduce`.
+      layers: paths of the layers that may be touched; None for those of role "body", as in `score`.
+
+    Returns:
+      The architecture with what was done.
+
+    Raises:
+      ValueError: as `reduce`.
+    """
+    if layers is None:
+        layers = [path for path, layer in weighted_layers(architecture) if layer.role == "body"]
+    limits = _limits(budget, reference)
+
+    def cost(step):
+        return sum(getattr(step[-1].total, name) / limit for name, limit in limits.items())
+
+    def cheapest(steps):
+        return min(steps, key=cost, default=None)
+
+    found = _taken_away(architecture, layers, costs_of, limits, actions, lambda units, report: units, cheapest)
+    if not _fits(found.cost, limits):
+        reached = ", ".join(f"{name} {getattr(found.cost, name):,} (budget {limits[name]:,})" for name in limits)
+        raise ValueError(
+            f"budget {dict(budget)} cannot be met: the smallest network that actions={tuple(actions)} reach from "
+            f"{architecture.name!r} has {reached}; allow more or further actions of {', '.join(ACTIONS)}"
+        )
+    return found
+
+
+def _taken_away(architecture, layers, costs_of, limits, actions, order, choose) -> Reduction:
+    """Does what `choose` chooses of what is possible, units in `order`, until it fits or nothing is possible."""
+    if not actions or not set(actions) <= set(ACTIONS):
+        raise ValueError(f"actions must be some of {', '.join(map(repr, ACTIONS))}, got {tuple(actions)}")
     report = costs_of(architecture)
     if "residual_bytes" in limits and report.total.residual_bytes is None:
         raise ValueError("budget has residual_bytes, but costs_of does not count them; analyze with residuals=True")
-    steps: list[tuple[str, str, costs.LayerCost]] = []
-    while any(getattr(report.total, name) > limit for name, limit in limits.items()):
-        step = _next_step(architecture, drops, report, costs_of, limits, actions)
+    done: list[tuple[str, str, costs.LayerCost]] = []
+    while not _fits(report.total, limits):
+        units = order(_units(architecture, layers), report)
+        step = choose(_possible(architecture, units, report, costs_of, limits, actions))
         if step is None:
-            reached = ", ".join(f"{name} {getattr(report.total, name):,} (budget {limits[name]:,})" for name in limits)
-            raise ValueError(
-                f"budget {dict(budget)} cannot be met: the smallest network that actions={tuple(actions)} reach from "
-                f"{architecture.name!r} has {reached}; allow more or further actions of {', '.join(ACTIONS)}"
-            )
+            break
         action, name, architecture, report = step
-        steps.append((action, name, report.total))
-    return Reduction(architecture, report.total, tuple(steps))
+        done.append((action, name, report.total))
+    return Reduction(architecture, report.total, tuple(done))
 
 
-def _next_step(architecture, drops, report, costs_of, limits, actions):
-    def rank(unit):
-        params_share, macs_share = shares(report, unit.paths)
-        share = params_share * macs_share
-        return ri(share, sum(drops.get(path, 0.0) for path in unit.paths)), share
-
-    units = _units(architecture, drops)
-    for unit in sorted(units, key=rank, reverse=True):
+def _possible(
+    architecture, units, report, costs_of, limits, actions
+) -> Iterator[tuple[str, str, Architecture, costs.CostReport]]:
+    """Yields what can be done without a cost that rises: action, name, architecture and costs after it."""
+    for unit in units:
         for action in actions:
             if (smaller := ACTIONS[action](architecture, unit)) is None:
                 continue
             after = costs_of(smaller)
             if all(getattr(after.total, name) <= getattr(report.total, name) for name in limits):
-                return action, unit.names[-1], smaller, after
-    return None
+                yield action, unit.names[-1], smaller, after
+
+
+def _fits(cost: costs.LayerCost, limits: Mapping[str, int]) -> bool:
+    return all(getattr(cost, name) <= limit for name, limit in limits.items())
 
 
 class _Unit(NamedTuple):
@@ -107,7 +165,7 @@ class _Unit(NamedTuple):
     paths: tuple[str, ...]
 
 
-def _units(architecture: Architecture, scored: Mapping[str, float]) -> list[_Unit]:
+def _units(architecture: Architecture, scored: Collection[str]) -> list[_Unit]:
     units: list[_Unit] = []
     layers = list(architecture.layers)
     while layers:
@@ -174,12 +232,17 @@ def _taking_over(layer: Any, gone: Sequence[Any], shapes: Mapping[str, spec.Shap
 
 
 def _reverted(architecture: Architecture, unit: _Unit) -> Architecture | None:
-    """With first-order layers in a unit; None where they are that already."""
+    """With first-order layers in a unit; None where they are that already, or one has no first-order part."""
 
     def first_order(layer):
-        return dataclasses.replace(layer, kind="first_order", branch_norm=None, norm=layer.norm or layer.branch_norm)
+        norm, bias = layer.norm or layer.branch_norm, layer.bias
+        if bias is None and layer.branch_norm is None and norm not in (None, "batch"):
+            bias = True  # a quadratic neuron's bias stands inside of it, and such a norm does not take it away
+        return dataclasses.replace(layer, kind="first_order", branch_norm=None, norm=norm, bias=bias)
 
-    if all(layer.kind == "first_order" for path, layer in weighted_layers(architecture) if path in unit.paths):
+    others = [layer for path, layer in weighted_layers(architecture) if path in unit.paths]
+    others = [layer for layer in others if layer.kind != "first_order"]
+    if not others or not all(map(has_linear_part, others)):
         return None
     return spec.edit(architecture, first_order, lambda path, layer: path in unit.paths and layer.kind != "first_order")
 

@@ -242,9 +242,16 @@ def _linear_part(path, old, params, stats, new, start) -> dict[str, dict[str, An
             f"{old.norm or old.branch_norm!r}; kinds with several outputs cannot"
         )
     name = twins[0].name
-    made = {"kernel_c": params[f"kernel_{name}"]}
-    if f"bias_{name}" in params and old.branch_norm is None:
-        made["bias_c"] = params[f"bias_{name}"]
+    params, gain = dict(params), _slope(path, kind, twins[0], old, params)
+    if old.branch_norm is not None:
+        scaled = {key: jnp.diagonal(gain.slope) * value for key, value in params[f"norm_{name}"].items()}
+        params[f"norm_{name}"] = scaled
+        made = {"kernel_c": params[f"kernel_{name}"]}
+    else:
+        made = {"kernel_c": params[f"kernel_{name}"] @ gain.slope}
+        offset = gain.offset + params.get(f"bias_{name}", jnp.zeros(len(gain.slope))) @ gain.slope
+        if f"bias_{name}" in params or jnp.any(offset != 0):
+            made["bias_c"] = offset
     norm = "norm_out" if old.norm else f"norm_{name}"
     scale_bias = params.get(norm)
     moments = stats.get(norm)
@@ -263,6 +270,46 @@ def _linear_part(path, old, params, stats, new, start) -> dict[str, dict[str, An
     if scale_bias is not None:
         made["norm_out"] = scale_bias
     return {"params": made, "batch_stats": {} if moments is None else {"norm_out": moments}}
+
+
+def has_linear_part(layer: Any) -> bool:
+    """Whether a layer without its products is a first-order layer, as which `transplant` can go on with it."""
+    kind = kinds.get(layer.kind)
+    mixes = any(extra.relinear == "identity" for extra in kind.extras)
+    twins = [p for p in kind.projections if p.relinear == "twin"]
+    return all(p.relinear for p in kind.projections) and len(twins) == 1 and not (mixes and layer.branch_norm)
+
+
+class _Slope(NamedTuple):
+    """A neuron as a function of its twin alone: offset + twin @ slope, [O] and [M, O]."""
+
+    slope: jax.Array
+    offset: jax.Array
+
+
+def _slope(path, kind: kinds.Kind, twin: kinds.Projection, old, params) -> _Slope:
+    """What becomes of the twin behind the product, with every other projection at what it is where it sees nothing."""
+    starts, neurons = kinds.relinear_starts(kind), params[f"kernel_{twin.name}"].shape[-1]
+
+    def others(p):
+        if starts[p.name] != "one":
+            return jnp.zeros(neurons)
+        return params[f"norm_{p.name}"]["bias"] if old.branch_norm is not None else params[f"bias_{p.name}"]
+
+    extras = {extra.name: params.get(extra.name) for extra in kind.extras}
+
+    def run(value):
+        values = [value if p is twin else jnp.broadcast_to(others(p), value.shape) for p in kind.projections]
+        return kind.apply(*values, **extras)
+
+    offset = run(jnp.zeros((1, neurons)))[0]
+    slope = run(jnp.eye(neurons)) - offset
+    if old.branch_norm is not None and (jnp.any(offset != 0) or jnp.any(slope != jnp.diag(jnp.diagonal(slope)))):
+        raise ValueError(
+            f"layer {path!r}: kind {kind.name!r} mixes its features behind branch_norm={old.branch_norm!r}, which no "
+            "first-order layer does; give it no branch_norm"
+        )
+    return _Slope(slope, offset)
 
 
 def _pieces(array, kind: kinds.Kind, twins: Sequence[kinds.Projection]) -> dict[str, jax.Array]:

@@ -248,13 +248,16 @@ def test_scores_are_those_of_a_plain_loop_over_layers_and_masks(name):
     variables = jax.tree.map(lambda leaf: scale * leaf, random_variables(network))
     images, labels = normal(5, 20, *SHAPE), np.arange(20) % 3
     masks = 2
-    scores = convert.score(network, variables, net, images, labels, KEY, ratio=0.4, masks=masks, batch_size=8)
+    # Of the residual network its stem too, whose name layers inside of blocks have as well.
+    roles = ("body", "stem") if name == "resnet" else ("body",)
+    settings = {"ratio": 0.4, "masks": masks, "batch_size": 8, "select": lambda path, layer: layer.role in roles}
+    scores = convert.score(network, variables, net, images, labels, KEY, **settings)
     apply = once(network.apply)
 
     def accuracy(variables):
         return float(np.mean(np.argmax(np.asarray(apply(variables, images)), -1) == labels))
 
-    layers = [path for path, layer in spec.walk(net) if isinstance(layer, spec.Conv) and layer.role == "body"]
+    layers = [path for path, layer in spec.walk(net) if isinstance(layer, spec.Conv) and layer.role in roles]
     keys = jax.random.split(KEY, (len(layers), masks))
     # By hand: three kernels and biases and the norm of a quadratic layer, one kernel and the norm of a first-order one.
     params, macs = {}, {}
@@ -441,6 +444,47 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_reachable():
         reduced(VGG, scores, {"params": 10})
     # One convolution is left: 3x3, 1 -> 4 in three kernels, and the head 4 -> 3.
     assert f"params {3 * 9 * 4 + 12} " in str(error.value)
+
+
+def test_a_budget_that_the_highest_ri_leads_away_from_is_met_all_the_same():
+    # Taking conv1 first would leave a layer of 64 channels, which nothing makes smaller.
+    net = convert.quadratize(models.vgg((4, 64), num_classes=3, input_shape=(8, 8, 1), norm=None))
+    result = reduced(net, {"conv1": 0.0, "conv2": 0.9}, {"params": 500})
+    assert [step[:2] for step in result.steps] == [("remove", "conv2")]
+    assert result.cost.params == 3 * 9 * 4 + 4 * 3
+    assert convert.smallest(net, {"params": 500}, costs_of) == result
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm", "branch_norm"),
+    [("quadralib", "group", None), ("ccp(order=2)", None, None), ("t4", "batch", None), ("t4", None, "batch")],
+)
+def test_what_becomes_first_order_is_what_is_left_without_products(kind, norm, branch_norm):
+    net = convert.quadratize(
+        models.vgg((4,), num_classes=3, input_shape=SHAPE, norm=norm), kind, branch_norm=branch_norm
+    )
+    result = reduced(net, {"conv1": 0.1}, {"params": 0.95}, reference=costs_of(net).total, actions=("revert",))
+    assert [step[:2] for step in result.steps] == [("revert", "conv1")]
+    source, target = of_ours(net), of_ours(result.architecture)
+    variables = random_variables(source)
+    layer = variables["params"]["conv1"]["layer"]
+    off = {"quadralib": "a", "ccp(order=2)": "u2", "t4": "a"}[kind]
+    if branch_norm:
+        layer[f"norm_{off}"]["scale"] *= 0
+    else:
+        layer[f"kernel_{off}"] *= 0
+        if kind == "quadralib":
+            layer["bias_a"] *= 0
+    moved = convert.transplant(variables, net, random_variables(target, 9), result.architecture)
+    expected = outputs(source, variables, False)
+    np.testing.assert_allclose(outputs(target, moved, False), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("kind", "branch_norm"), [("t3", None), ("emitting(rank=3)", None), ("ccp(order=2)", "batch")])
+def test_layers_without_a_first_order_part_are_not_reverted(kind, branch_norm):
+    net = convert.quadratize(models.vgg((4,), num_classes=3, input_shape=SHAPE), kind, branch_norm=branch_norm)
+    with pytest.raises(ValueError, match="cannot be met"):
+        reduced(net, {"conv1": 0.1}, {"params": 0.95}, reference=costs_of(net).total, actions=("revert",))
 
 
 @pytest.mark.parametrize(
