@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -130,22 +131,7 @@ def score(
     )
     keys = jax.random.split(key, (len(layers), masks))
 
-    @jax.jit
-    def accuracies(variables, batches, keys):
-        masked = [
-            jax.vmap(lambda k, path=path: _masked(_kernels(variables, path), ratio, k))(keys[index])
-            for index, path in enumerate(layers)
-        ]
-
-        def correct(batch):
-            images, labels, valid = batch
-            logits = _with_masks(network, variables, dict(zip(layers, masked, strict=True)), images)
-            right = logits.reshape(-1, size, logits.shape[-1]).argmax(-1) == labels
-            return (right * valid).sum(-1)
-
-        return lax.map(correct, batches).sum(0) / count
-
-    clean, *rest = accuracies(variables, batches, keys).tolist()
+    clean, *rest = (_right(network, tuple(layers), variables, batches, keys, ratio) / count).tolist()
     report = _report(network, variables, images[:1])
     rows = []
     for index, path in enumerate(layers):
@@ -153,6 +139,23 @@ def score(
         params_share, macs_share = shares(report, [path])
         rows.append(LayerScore(path, params_share, macs_share, drop, ri(params_share * macs_share, drop)))
     return Scores(tuple(rows), clean)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _right(network, layers, variables, batches, keys, ratio):
+    """How many images every masked network gets right, the one without a mask first; compiled once per network."""
+    masked = {
+        path: jax.vmap(lambda key, path=path: _masked(_kernels(variables, path), ratio, key))(keys[index])
+        for index, path in enumerate(layers)
+    }
+
+    def right(batch):
+        images, labels, valid = batch
+        logits = _with_masks(network, variables, masked, images)
+        hits = logits.reshape(-1, len(labels), logits.shape[-1]).argmax(-1) == labels
+        return (hits * valid).sum(-1)
+
+    return lax.map(right, batches).sum(0)
 
 
 def _with_masks(network, variables, masked, images):

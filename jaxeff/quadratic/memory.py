@@ -1,7 +1,8 @@
 """How much memory the backward pass of quadratic layers needs: by formula, by trace and as compiled, side by side.
 
 The formulas count what a layer of `jaxeff.quadratic` keeps for each of its policies (`save`), in arrays of the size of
-its output (float32, batch norms, ReLU; QuadraLib's neuron has three projections):
+its output (float32, batch norms, ReLU; here for QuadraLib's neuron, which has three projections of the input; squares
+of it, patches and half products of other kinds come on top under "all"):
 
 | policy | with branch norms | without |
 |---|---|---|
@@ -25,7 +26,7 @@ from jax import lax
 from jaxeff import costs, spec
 from jaxeff.costs.report import aligned, in_bytes
 from jaxeff.ops import activation
-from jaxeff.quadratic import kinds
+from jaxeff.quadratic import kinds, projections
 from jaxeff.quadratic.layers import QuadraticConv, QuadraticDense
 
 # Arrays that a norm keeps under plain differentiation, in units of its input.
@@ -132,7 +133,8 @@ def residual_bytes(layer: QuadraticConv | QuadraticDense, x: Any) -> int:
     """
     x = jax.ShapeDtypeStruct(x.shape, layer.dtype or x.dtype)
     y = jax.eval_shape(lambda x: layer.init_with_output(jax.random.key(0), x)[0], x)
-    kind = kinds.get(layer.kind)
+    # A fused layer is one projection to everybody outside.
+    kind = kinds.get("first_order" if layer.impl == "fused" else layer.kind)
     neurons = math.prod(y.shape[:-1]) * kind.neurons(layer.features)
     values = neurons * sum(p.rank for p in kind.projections)
     channels = sum(p.rank for p in kind.projections) * kind.neurons(layer.features)
@@ -146,6 +148,7 @@ def residual_bytes(layer: QuadraticConv | QuadraticDense, x: Any) -> int:
     outputs, positions = math.prod(y.shape), math.prod(y.shape[:-1])
     kept += wide * positions * len(kind.projections) * _KEPT_BY_POSITION[layer.branch_norm]
     kept += wide * positions * _KEPT_BY_POSITION[layer.out_norm]
+    kept += _kept_by_projecting(layer, kind, x) - _nbytes(x)
     kept += wide * (_KEPT_BY_NORM[layer.branch_norm] * values + _KEPT_BY_NORM[layer.out_norm] * outputs)
     kept += _kept_of_one(layer.branch_act) * values + _kept_of_one(layer.act) * outputs
     return kept + _kept_by_combining(kind) * neurons
@@ -231,6 +234,22 @@ def _with_surroundings(network, rows, x):
         elif kept:
             result.append(LayerMemory(path, "-", kept, size * x.dtype.itemsize))
     return result
+
+
+def _kept_by_projecting(layer: QuadraticConv | QuadraticDense, kind: kinds.Kind, x: jax.ShapeDtypeStruct) -> int:
+    """Bytes that the derivative of the projections keeps, the input included, from that derivative itself."""
+    if all(p.of == "x" for p in kind.projections):
+        return _nbytes(x)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    kernels = {name: value for name, value in params.items() if name.startswith("kernel_")}
+    if isinstance(layer, QuadraticConv):
+        window = projections.Window(
+            layer.strides, layer.padding, layer.kernel_dilation, layer.feature_group_count, layer.kernel_size
+        )
+        project = projections.conv(kind, window, None, "separate", layer.conv_general_dilated)
+    else:
+        project = projections.dense(kind, None, "separate")
+    return costs.analyze(project, kernels, x).total.residual_bytes or 0
 
 
 def _kept_by_combining(kind: kinds.Kind) -> int:

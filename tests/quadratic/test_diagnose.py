@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from jaxeff import models, quadratic, spec
+from jaxeff import costs, models, quadratic, spec
 from jaxeff.quadratic import diagnose, figures, memory
 
 KEY = jax.random.key(0)
@@ -273,6 +273,24 @@ def test_what_a_layer_keeps_is_what_its_compiled_stack_grows_by(save, branch_nor
     kept = memory.residual_bytes(layer, x)
     assert kept == pytest.approx(units * UNIT, rel=0.02)
     assert memory.compiled_slope(layer, x, (2, 4)) == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize("branch_norm", [None, "batch"])
+@pytest.mark.parametrize(
+    "kind",
+    ["t1", "t1_symmetric", "t1_low_rank(rank=2)", "t2", "t2_t4", "fan", "qres", "emitting(rank=3)", "ncp(order=2)"],
+)
+def test_what_layers_of_other_kinds_keep_is_what_their_trace_keeps(kind, branch_norm):
+    layer = quadratic.QuadraticConv(4, kind=kind, branch_norm=branch_norm, out_norm="batch", act="relu")
+    x = jax.ShapeDtypeStruct((8, 6, 6, 4), jnp.float32)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+
+    def loss(params, rest, x):
+        return layer.apply({"params": params, **rest}, x, True, mutable=list(rest))[0].sum()
+
+    traced = costs.analyze(loss, variables["params"], rest, x).total.residual_bytes
+    assert memory.residual_bytes(layer, x) == pytest.approx(traced, rel=0.02)
 
 
 @pytest.mark.parametrize("save", ["all", "ab", "x"])

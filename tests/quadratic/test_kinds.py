@@ -9,12 +9,12 @@ from jax import numpy as jnp
 
 from jaxeff import quadratic
 from jaxeff.models import Network, cnn
-from jaxeff.quadratic import KINDS, Kind, Projection, conv, cost, dense, kinds, register
+from jaxeff.quadratic import KINDS, Kind, Projection, conv, cost, dense, get, kinds, register
 from jaxeff.spec import quadratize
 
 WINDOWS = {
     "plain": dict(padding=((1, 1), (1, 1))),
-    "valid-stride": dict(strides=(2, 3)),
+    "valid-stride-groups": dict(strides=(2, 3), groups=2),
     "asymmetric-dilated": dict(padding=((0, 2), (1, 0)), dilation=(2, 1), strides=(1, 2)),
     "groups": dict(groups=2, padding=((1, 1), (1, 0)), strides=(2, 1), dilation=(1, 2)),
 }
@@ -167,9 +167,28 @@ def compare_with_oracle(kind, options):
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
-@pytest.mark.parametrize("window", ["groups", pytest.param("asymmetric-dilated", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [w if w == "groups" else pytest.param(w, marks=pytest.mark.slow) for w in WINDOWS])
 def test_convolution_and_its_gradients_equal_im2col(kind, window):
     compare_with_oracle(kind, WINDOWS[window])
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_dense_layers_and_their_gradients_are_those_of_1x1_convolutions(kind):
+    x, params = normal(20, 5, 4), weights(kind, 4)
+    kernels = {name: value.reshape(1, 1, *value.shape) for name, value in params.items() if name.startswith("kernel_")}
+    pairs = {f"kernel_{p.name}" for p in get(kind).projections if p.of in ("pairs", "symmetric_pairs")}
+    windowed = {**params, **{name: value for name, value in kernels.items() if name not in pairs}}
+
+    def flat(params, x):
+        return jnp.sum(jnp.sin(dense(params, x, kind=kind)))
+
+    def of_images(params, x):
+        return jnp.sum(jnp.sin(conv(params, x[:, None, None], kind=kind, kernel_size=(1, 1))))
+
+    ours, theirs = jax.grad(flat, (0, 1))(params, x), jax.grad(of_images, (0, 1))(windowed, x)
+    assert_near(ours[1], theirs[1])
+    for name, value in ours[0].items():
+        assert_near(value, np.asarray(theirs[0][name]).reshape(value.shape))
 
 
 @pytest.mark.slow
