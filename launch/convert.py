@@ -100,7 +100,12 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     by_name = {row["name"]: row for row in rows}
     against = {name: ratios_of(by_name[REDUCED], by_name[name]) for name in (SOURCE, CONTINUED)}
     summary = {
-        "dataset": {"name": sets.train.name, "source": sets.train.info.source, "train": len(sets.train)},
+        "dataset": {
+            "name": sets.train.name,
+            "source": sets.train.info.source,
+            "train": len(sets.train),
+            "test": len(sets.test),
+        },
         "seeds": list(config["seeds"]),
         "networks": rows,
         **{f"reduced_to_{name}": ratios for name, ratios in against.items()},

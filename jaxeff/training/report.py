@@ -104,8 +104,8 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str | None = None
     """Returns networks side by side as a rich table.
 
     Args:
-      rows: one mapping per network with "name", "accuracy" and any other key of `COLUMNS`; columns that no network
-        has are left out.
+      rows: one mapping per network with "name", "accuracy", optional "accuracy_range" (low, high) over seeds, which
+        stands behind the accuracy, and any other key of `COLUMNS`; columns that no network has are left out.
       title: a line above it.
 
     Returns:
@@ -154,8 +154,17 @@ def write_summary(workdir: str | os.PathLike[str], summary: Mapping[str, Any]) -
 def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     _check_rows(rows)
     keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    body = [["-" if row.get(key) is None else COLUMNS[key][1](row[key]) for key in keys] for row in rows]
-    return [COLUMNS[key][0] for key in keys], body
+    return [COLUMNS[key][0] for key in keys], [[_cell(row, key) for key in keys] for row in rows]
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    if row.get(key) is None:
+        return "-"
+    text = COLUMNS[key][1](row[key])
+    low, high = row.get("accuracy_range") or (0, 0)
+    if key == "accuracy" and low < high:
+        text += f" ({100 * low:.2f} to {100 * high:.2f})"
+    return text
 
 
 def _check_rows(rows: Sequence[Mapping[str, Any]]) -> None:

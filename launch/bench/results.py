@@ -1,7 +1,7 @@
 """Results of record: the JSON file of a room, those of experiments, and the README tables made from them.
 
     python -m launch.bench.results                                writes the tables between the markers in README.md
-    python -m launch.bench.results --record runs/quickstart NAME  first keeps a finished run of launch.train as NAME
+    python -m launch.bench.results --record runs/quickstart NAME  first keeps a finished run as NAME
 
 A file holds {"device", "versions", "date", "command", "cases"}; a case holds {"case", "metric", "value", "better",
 "target", "spread", "n", "against"}. Ratios and rates are plain numbers, percentages are fractions. A time ratio also
@@ -224,7 +224,7 @@ def table(folder: pathlib.Path = FOLDER) -> str:
 
 
 def record(workdir: str | os.PathLike[str], name: str, folder: pathlib.Path = EXPERIMENTS) -> None:
-    """Keeps the summary and the comparison figure of a finished run of `launch.train` as results of record.
+    """Keeps the summary and the comparison figure of a finished run of `launch.train` or `launch.convert`.
 
     Raises:
       FileNotFoundError: if the run has no summary yet.
@@ -243,11 +243,13 @@ def experiment_table(path: pathlib.Path) -> str:
     entry = json.loads(path.read_text())
     data, seeds = entry["dataset"], entry["seeds"]
     rows = comparison_markdown(entry["networks"])
+    # A conversion has several trainings, and its networks are not timed.
+    steps = f"{entry['steps']:,} steps, " if "steps" in entry else ""
+    latency = f"latency of {entry['latency_batch']} images " if "latency_batch" in entry else ""
     return (
-        f"{rows}\n\n{data['name']}: {data['train']:,} training and {data['test']:,} test images, "
-        f"{entry['steps']:,} steps, "
-        f"{'seed' if len(seeds) == 1 else 'mean over seeds'} {', '.join(map(str, seeds))}; latency of "
-        f"{entry['latency_batch']} images on {entry['device']}, {entry['date']}."
+        f"{rows}\n\n{data['name']}: {data['train']:,} training and {data['test']:,} test images, {steps}"
+        f"{'seed' if len(seeds) == 1 else 'mean over seeds'} {', '.join(map(str, seeds))}; {latency}"
+        f"on {entry['device']}, {entry['date']}."
     )
 
 

@@ -77,6 +77,12 @@ def test_the_markdown_table_has_one_line_per_network_and_leaves_unknown_columns_
     ]
 
 
+def test_a_mean_over_seeds_stands_before_its_range():
+    rows = [{**ROWS[0], "accuracy_range": (0.97, 0.9812)}, {**ROWS[1], "accuracy_range": (0.98125, 0.98125)}]
+    cells = [line.split(" | ")[1] for line in comparison_markdown(rows).splitlines()[2:]]
+    assert cells == ["97.50 % (97.00 to 98.12)", "98.12 %"]
+
+
 def test_the_rich_table_has_the_same_cells():
     pytest.importorskip("rich")
     table = comparison_table(ROWS, title="Digits")
