@@ -5,8 +5,8 @@
 
 Five convolutions of QuadraLib's seven-layer plan at an eighth of its width. With three maps in each neuron, widths
 divided by the square root of three have as many parameters and MACs; the stem and rounding decide which of the two is
-met exactly. Two epochs, the memory policy "x". About 15 minutes on two CPU cores for Fashion-MNIST; not timed on a GPU
-yet.
+met exactly. Two epochs, the memory policy "x". Half an hour on two CPU cores that were not idle for Fashion-MNIST; not
+timed on a GPU yet. Expected there: first order 88.5 %, quadratic 86.8 % at both.
 """
 
 from ml_collections import ConfigDict

@@ -2,14 +2,15 @@
 
     JAXEFF_DATA=DIR python -m launch.generate --config=configs/quadratic/sngan_fashion.py --workdir=runs/sngan
 
-Eleven minutes on two CPU cores, of which four are the first-order networks and five the quadratic ones; not timed on a
-GPU yet. Expected after 2000 steps, one run with seed 0: Frechet distance 2.39 for first order, 7.86 for quadratic, 0.02
-for training images. The distances are on the features of a classifier trained in the same job, so they do not compare
+Four minutes on two CPU cores for the first-order networks and five for quadratic ones; not timed on a GPU yet. Expected
+after 2000 steps, one run with seed 0: Frechet distance 2.39 for first order, 7.86 for quadratic, 0.02 for training
+images. The distances are on the features of a classifier trained in the same job, so they do not compare
 with published FIDs.
 
 The quadratic GAN is worse here: it is ahead at step 400 (8.05 against 9.42), best at step 800 (6.82) and then gets
 worse, while the loss of its discriminator stays at half that of the first-order one. A spectral norm on every
-projection does not bound the slope of their product, which may be why; that has not been tested.
+projection does not bound the slope of their product, which may be why: `quadratic_generator` has a first-order
+discriminator and `quadratic_rms` one with bounded projections. These two have not been run to their end.
 The learning rate and the number of discriminator steps were chosen on the first-order networks.
 """
 
