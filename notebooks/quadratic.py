@@ -58,9 +58,9 @@ for name in (*quadratic.KINDS, *quadratic.FAMILIES):
 # ## What the backward pass keeps
 #
 # QuadraLib's block has three convolutions, three branch norms, a product, an output norm and an activation. Plain
-# differentiation keeps about seven arrays of the size of its output. The policy `save="x"` keeps its input and computes
-# the rest again. What counts is the compiled program, so that is what we ask: how much does its memory grow with every
-# block, beside a first-order convolution with norm and activation?
+# differentiation keeps about seven arrays of the size of its output (five in the compiled program). The policy
+# `save="x"` keeps its input and computes the rest again. What counts is the compiled program, so that is what we ask:
+# how much does its memory grow with every block, beside a first-order convolution with norm and activation?
 
 
 # %%

@@ -91,8 +91,8 @@ def block(
       form: what the block computes.
       params: "kernel_<p>", "bias_<p>", extras of the kind, and the parameters of the norms.
       x: the input; its first axis is the batch.
-      statistics: running moments of the batch norms by projection name, the output norm's as "out"; None for those of
-        this batch.
+      statistics: running moments of the batch norms by projection name, the output norm's as "out", which are constants
+        to differentiation; None for those of this batch.
       save: "all" (plain differentiation, of any order and mode), "ab" (input and projections) or "x" (input only).
         The last two have reverse mode only.
       piece_bytes: size of one projection of a piece of the batch in the backward pass; None for `PIECE_BYTES` on CPU
@@ -102,7 +102,8 @@ def block(
       The output in the dtype of x, and the statistics that batch norms used, through which no gradient flows.
 
     Raises:
-      ValueError: for an unknown policy.
+      ValueError: for an unknown policy; in the backward pass, where `axis_name` is bound in the forward pass alone, as
+        `jax.vmap` does outside of which the gradient is taken.
     """
     check_save(save)
     statistics = lax.stop_gradient(statistics)
