@@ -13,11 +13,13 @@ from configs.classification import network, quadralib_cifar10
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`:smoke` takes two steps of narrow networks on 64 images."""
+    """`:smoke` takes two steps of narrow networks of two blocks on 64 images."""
     config = quadralib_cifar10(arg, epochs=250, end=1e-5)
-    width = 0.125 if arg == "smoke" else 1.0
+    options = {"width": 0.125, "blocks": ((64, 1), (128, 2))} if arg == "smoke" else {"width": 1.0}
     layers = {"kind": "quadralib", "branch_norm": "batch", "save": "x"}
-    config.networks.mobilenet = network("mobilenet", width=width)
-    config.networks.qmobilenet = network("mobilenet", **layers, width=width)
-    config.networks.qmobilenet_equal_parameters = network("mobilenet", **layers, width=0.57 * width)
+    config.networks.mobilenet = network("mobilenet", **options)
+    config.networks.qmobilenet = network("mobilenet", **layers, **options)
+    config.networks.qmobilenet_equal_parameters = network(
+        "mobilenet", **layers, **{**options, "width": 0.57 * options["width"]}
+    )
     return config

@@ -14,11 +14,11 @@ from configs.classification import network, quadralib_cifar10
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`:smoke` takes two steps of narrow networks on 64 images."""
+    """`:smoke` takes two steps of narrow and less deep networks on 64 images."""
     config = quadralib_cifar10(arg, epochs=200, end=1e-4)
-    width = 0.25 if arg == "smoke" else 1.0
-    options = {"shortcut": "projection", "width": width}
-    config.networks.resnet32 = network("resnet32", **options)
-    config.networks.resnet14 = network("resnet14", **options)
-    config.networks.qresnet14 = network("resnet14", kind="quadralib", branch_norm="batch", save="x", **options)
+    depths, width = ((14, 8), 0.25) if arg == "smoke" else ((32, 14), 1.0)
+    deep, shallow = ({"depth": depth, "shortcut": "projection", "width": width} for depth in depths)
+    config.networks.resnet32 = network("resnet", **deep)
+    config.networks.resnet14 = network("resnet", **shallow)
+    config.networks.qresnet14 = network("resnet", kind="quadralib", branch_norm="batch", save="x", **shallow)
     return config

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxeff.quadratic import autotune
@@ -189,7 +190,7 @@ def _of_pairs(patches, kernel, of, precision):
         half = jnp.einsum("...gi,ijgo->...gjo", patches, matrix, precision=precision)
         z = jnp.einsum("...gjo,...gj->...go", half, patches, precision=precision)
     else:
-        i, j = jnp.triu_indices(inputs)
+        i, j = np.triu_indices(inputs)
         z = jnp.einsum("...gp,pgo->...go", patches[..., i] * patches[..., j], by_group, precision=precision)
     return z.reshape(*z.shape[:-2], -1)
 
