@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
+from jaxeff import costs, quadratic
 from jaxeff.quadratic import conv, conv_block, dense, kernels
 
 
@@ -80,3 +81,23 @@ def test_layers_take_the_fused_form():
 def test_what_cannot_be_fused_is_an_error(call, message):
     with pytest.raises(ValueError, match=message):
         call(np.ones((3, 3, 2, 2), np.float32))
+
+
+@pytest.mark.parametrize("save", ["ab", "x"])
+def test_fused_layers_follow_the_policy_with_what_stands_behind_them(save):
+    layer = quadratic.QuadraticDense(8, out_norm="batch", act="gelu", impl="fused", use_bias=True)
+    x = normal(0, 8, 8)
+    variables = layer.init(jax.random.key(0), x)
+    rest = {"batch_stats": variables["batch_stats"]}
+
+    def loss(params, x, layer):
+        return jnp.sum(jnp.sin(layer.apply({"params": params, **rest}, x, True, mutable=["batch_stats"])[0]))
+
+    plain = jax.grad(loss, (0, 1))(variables["params"], x, layer.clone(impl="separate"))
+    ours = jax.grad(loss, (0, 1))(variables["params"], x, layer.clone(save=save))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), ours, plain)
+    kept = [
+        costs.analyze(lambda p, x, s=s: loss(p, x, layer.clone(save=s)), variables["params"], x).total.residual_bytes
+        for s in (save, "all")
+    ]
+    assert kept[0] < kept[1]

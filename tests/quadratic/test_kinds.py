@@ -461,3 +461,15 @@ def test_a_single_neuron_learns_exclusive_or():
     design = np.c_[x, np.ones(4)]
     best = design @ np.linalg.lstsq(design, wanted, rcond=None)[0]
     assert math.isclose(np.mean((best - wanted) ** 2), 0.25)
+
+
+@pytest.mark.parametrize("groups", [0, 3])
+@pytest.mark.parametrize("kind", ["quadralib", "t1"])
+def test_groups_that_do_not_divide_are_named_by_the_function_too(kind, groups):
+    with pytest.raises(ValueError, match=f"groups={groups} must be at least 1 and divide the 4 input channels"):
+        conv(weights(kind, 3, 3, 4), normal(0, 2, 5, 5, 4), kind=kind, groups=groups, kernel_size=(3, 3))
+
+
+def test_a_kind_does_not_hide_a_family():
+    with pytest.raises(ValueError, match="kind 'bergstra' would hide the family of that name"):
+        register(Kind("bergstra", "a.x", (Projection("a"),), lambda a: a, "mine"))
