@@ -65,7 +65,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     convert.smallest(
         target,
         dict(config["budget"]),
-        lambda architecture: costs_of(quadratic_network(architecture, config)),
+        costs_under(config),
         reference=reference,
         actions=config["actions"],
     )
@@ -166,7 +166,7 @@ def conversion(
         full.architecture,
         scores,
         dict(config["budget"]),
-        lambda architecture: costs_of(quadratic_network(architecture, config)),
+        costs_under(config),
         reference=reference,
         actions=config["actions"],
     )
@@ -304,6 +304,11 @@ def quadratic_network(architecture: spec.Architecture, config: Mapping[str, Any]
 def costs_of(network: models.Network) -> costs.CostReport:
     """Parameters, MACs and residual bytes for one image in training."""
     return classifier.costs_of(network, network.architecture.input_shape)
+
+
+def costs_under(config: Mapping[str, Any]) -> Callable[[spec.Architecture], costs.CostReport]:
+    """Architecture -> its costs under the memory policy of the config."""
+    return lambda architecture: costs_of(quadratic_network(architecture, config))
 
 
 def method_of(network, optimizer, config, train, steps) -> training.Method:
