@@ -47,13 +47,20 @@ def groups(params: Any, kind: str | spec.Architecture, only: Collection[str] | N
     """
     if isinstance(kind, str):
         everywhere = kinds.get(kind)
-        return trees.map_named(lambda name, _: _group(name.split("/"), everywhere, only), params)
-    layers = {path: layer for path, layer in spec.walk(kind) if isinstance(layer, spec.Conv | spec.Dense)}
+        kernels = {f"kernel_{p.name}" for p in everywhere.projections if p.kernel is None}
+        names = (name.rpartition("/") for name in trees.paths(params))
+        homes = {home: everywhere for home, _, name in names if name in kernels}
+    else:
+        layers = ((path, layer) for path, layer in spec.walk(kind) if isinstance(layer, spec.Conv | spec.Dense))
+        # Parameters of the layer at "block/conv1" are called "block/conv1/layer/...".
+        homes = {f"{path}/layer": kinds.get(layer.kind) for path, layer in layers}
 
     def group(name, _):
-        # Parameters of the layer at "block/conv1" are called "block/conv1/layer/...".
-        path, found, parameter = name.partition("/layer/")
-        return _group(parameter.split("/"), kinds.get(layers[path].kind), only) if found and path in layers else "rest"
+        home, _, parameter = name.rpartition("/")
+        if home in homes:
+            return _group(parameter, homes[home], only)
+        layer, _, norm = home.rpartition("/")
+        return _group_of_norm(norm, parameter, homes[layer], only) if layer in homes else "rest"
 
     return trees.map_named(group, params)
 
@@ -79,9 +86,9 @@ def restrain(
     Args:
       labels: tree of groups as `groups` makes it.
       gamma: factor on the updates of quadratic parameters, or a schedule of the step: their learning rate in units of
-        the others'. The factor is on the update and not on the gradient, which Adam would undo.
+        the others'. May be traced. The factor is on the update and not on the gradient, which Adam would undo.
       shrink: factor on what separates the quadratic parameters from being switched off, after each step; or a
-        schedule.
+        schedule. May be traced.
 
     Returns:
       The transformation; with `shrink` its update needs the parameters.
@@ -89,11 +96,11 @@ def restrain(
     Raises:
       ValueError: for a negative gamma, or a shrink outside of [0, 1].
     """
-    if not callable(gamma) and not gamma >= 0:
+    if _known(gamma) and not gamma >= 0:
         raise ValueError(f"gamma must be at least 0 (0 freezes the quadratic parameters), got {gamma}")
-    if not callable(shrink) and not 0 <= shrink <= 1:
+    if _known(shrink) and not 0 <= shrink <= 1:
         raise ValueError(f"shrink must be in [0, 1] (1 leaves the quadratic parameters as they are), got {shrink}")
-    shrinks = callable(shrink) or shrink < 1
+    shrinks = not _known(shrink) or shrink < 1
 
     def init(params):
         return RestrainState(jnp.zeros((), jnp.int32))
@@ -122,22 +129,35 @@ def restrain(
     return optax.GradientTransformation(init, update)
 
 
-def _group(names: list[str], kind: kinds.Kind, only: Collection[str] | None) -> Group:
+def _known(value: float | Schedule) -> bool:
+    """Whether it is a number to be checked now: neither a schedule nor traced."""
+    return not callable(value) and not isinstance(value, jax.core.Tracer)
+
+
+def _group(parameter: str, kind: kinds.Kind, only: Collection[str] | None) -> Group:
+    """The group of a kernel, a bias or an extra of a layer."""
     starts = {part.name: part.relinear for part in kind.parts}
-    for name in reversed(names):
-        extra = name in {extra.name for extra in kind.extras}
-        part, _, projection = ("", "", name) if extra else name.partition("_")
-        if not extra and (part not in ("kernel", "bias", "norm") or projection not in starts):
-            continue
-        start = starts[projection]
-        if start == "twin" or (only is not None and projection not in only):
-            return "twin" if start == "twin" else "rest"
-        if start == "identity":
-            return "quadratic_at_identity"
-        # A projection is one through its offset, its own or its norm's.
-        offset = extra or part == "bias" or names[-1] == "bias"
-        return "quadratic_at_one" if start == "one" and offset else "quadratic"
-    return "rest"
+    if parameter in {extra.name for extra in kind.extras}:
+        return _group_of(parameter, starts[parameter], True, only)
+    part, _, projection = parameter.partition("_")
+    if part not in ("kernel", "bias") or projection not in starts:
+        return "rest"
+    return _group_of(projection, starts[projection], part == "bias", only)
+
+
+def _group_of_norm(norm: str, parameter: str, kind: kinds.Kind, only: Collection[str] | None) -> Group:
+    """The group of "scale" or "bias" of a norm of a layer."""
+    projection = next((p for p in kind.projections if norm == f"norm_{p.name}"), None)
+    return _group_of(projection.name, projection.relinear, parameter == "bias", only) if projection else "rest"
+
+
+def _group_of(name: str, start: kinds.Start | None, offset: bool, only: Collection[str] | None) -> Group:
+    if start == "twin" or (only is not None and name not in only):
+        return "twin" if start == "twin" else "rest"
+    if start == "identity":
+        return "quadratic_at_identity"
+    # A projection is one through its offset, its own or its norm's.
+    return "quadratic_at_one" if start == "one" and offset else "quadratic"
 
 
 _OFF = {"quadratic": STARTS["zero"], "quadratic_at_one": STARTS["one"], "quadratic_at_identity": STARTS["identity"]}

@@ -74,10 +74,11 @@ def test_kinds_without_a_twin_are_quadratic_all_through_and_projections_can_be_t
     }
 
 
+@pytest.mark.parametrize("out_norm", [None, "batch"])
 @pytest.mark.parametrize("norm", [None, "batch"])
-@pytest.mark.parametrize("kind", ["quadralib", "t4", "fan", "qres", "ccp(order=2)", "ncp(order=2)"])
-def test_shrinking_alone_leaves_the_first_order_function(kind, norm):
-    layer = QuadraticDense(4, kind=kind, initialization="relinear", branch_norm=norm)
+@pytest.mark.parametrize("kind", ["quadralib", "t4", "fan", "qres", "ccp(order=2)", "ncp(order=2)", "emitting(rank=3)"])
+def test_shrinking_alone_leaves_the_first_order_function(kind, norm, out_norm):
+    layer = QuadraticDense(4, kind=kind, initialization="relinear", branch_norm=norm, out_norm=out_norm)
     variables = layer.init(jax.random.key(0), X)
     params = variables["params"]
     tx = relinear.restrain(relinear.groups(params, kind), gamma=0.0, shrink=0.5)
@@ -105,9 +106,32 @@ def test_restraint_scales_and_shrinks_only_quadratic_parameters():
         np.testing.assert_array_equal(updates["norm_out"]["scale"], 1)
 
 
+def test_an_extra_called_as_a_parameter_of_norms_is_not_taken_for_one():
+    norm = {"scale": X, "bias": X}
+    layer = {"kernel_c": X, "kernel_q": X, "norm_c": norm, "norm_q": norm, "scale": X, "norm_out": norm}
+    twin, rest = ({name: group for name in norm} for group in ("twin", "rest"))
+    expected = {"kernel_c": "twin", "kernel_q": "twin", "norm_c": twin, "norm_q": twin, "norm_out": rest}
+    expected["scale"] = "quadratic"
+    everywhere = relinear.groups({"block": {"conv": layer, "bn": norm}, "scale": X}, "emitting(rank=2)")
+    assert everywhere == {"block": {"conv": expected, "bn": rest}, "scale": "rest"}
+    assert relinear.groups(layer, "emitting(rank=2)") == expected
+
+
+def test_restraint_can_be_traced():
+    params, labels = {"kernel_a": jnp.ones(3), "kernel_c": jnp.ones(3)}, {"kernel_a": "quadratic", "kernel_c": "twin"}
+
+    @jax.jit
+    def step(gamma, shrink):
+        tx = relinear.restrain(labels, gamma=gamma, shrink=shrink)
+        return tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)[0]
+
+    np.testing.assert_allclose(step(0.5, 0.9)["kernel_a"], 0.9 * 1.5 - 1, rtol=1e-6)
+    np.testing.assert_array_equal(step(0.5, 0.9)["kernel_c"], 1)
+
+
 def test_settings_that_cannot_be_are_an_error():
     with pytest.raises(ValueError, match="gamma must be at least 0 .*, got -1"):
-        relinear.restrain({}, gamma=-1)
+        relinear.restrain({}, gamma=np.float32(-1))
     with pytest.raises(ValueError, match=r"shrink must be in \[0, 1\] .*, got 1.5"):
         relinear.restrain({}, shrink=1.5)
     with pytest.raises(ValueError, match="unknown kind 't9'"):
