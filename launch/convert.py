@@ -62,13 +62,11 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     reference = costs_of(first_order).total
     for name in STAGES:
         training.optimizer_from(config["training"][name]["optimizer"], max(1, steps_of(config, name, sets.train)))
-    convert.smallest(
-        target,
-        dict(config["budget"]),
-        costs_under(config),
-        reference=reference,
-        actions=config["actions"],
-    )
+    print("looking whether the budget can be met; for a deep network this takes minutes")
+    under = costs_under(config)
+    least = convert.smallest(target, dict(config["budget"]), under, reference=reference, actions=config["actions"])
+    check_transplant(first_order, full)
+    check_transplant(full, quadratic_network(least.architecture, config))
     folders = [f"seed{seed}/{name}" for seed in config["seeds"] for name in STAGES]
     directory, _ = training.prepare_workdir(workdir, plain_config(config), overwrite, folders)
 
@@ -81,7 +79,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         else:
             source = restored(first_order, there, config, seed, sets)
         print(f"seed {seed}, source: test accuracy {source.accuracy:.2%}")
-        conversions.append(conversion(source, full, reference, config, seed, sets, folder))
+        conversions.append(conversion(source, full, reference, under, config, seed, sets, folder))
 
     # ---- comparison --------------------------------------------------------------------------------------------------
     rows = []
@@ -127,6 +125,7 @@ def conversion(
     source: Trained,
     full: models.Network,
     reference: costs.LayerCost,
+    under: Callable[[spec.Architecture], costs.CostReport],
     config: Mapping[str, Any],
     seed: int,
     sets: Data,
@@ -166,7 +165,7 @@ def conversion(
         full.architecture,
         scores,
         dict(config["budget"]),
-        costs_under(config),
+        under,
         reference=reference,
         actions=config["actions"],
     )
@@ -279,9 +278,14 @@ def check_config(config: Mapping[str, Any]) -> None:
         if missing := sorted(set(known) - set(section)):
             raise ValueError(f"{what}: missing field {', '.join(missing)}; start from configs.conversion.base")
     for name in STAGES:
-        classifier.check_fields(f"training.{name}", config["training"][name], ("epochs", "optimizer"))
-        if config["training"][name]["epochs"] < 0:
-            raise ValueError(f"training.{name}.epochs must not be negative, got {config['training'][name]['epochs']}")
+        section = config["training"].get(name, {})
+        classifier.check_fields(f"training.{name}", section, ("epochs", "optimizer"))
+        if missing := sorted({"epochs", "optimizer"} - set(section)):
+            raise ValueError(
+                f"training.{name}: missing field {', '.join(missing)}; make it by configs.conversion.stage"
+            )
+        if not 0 <= section["epochs"] < math.inf:
+            raise ValueError(f"training.{name}.epochs must be a number from 0, got {section['epochs']}")
     for name in ("batch_size", "eval_batch_size", "log_every"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {config[name]}")
@@ -289,6 +293,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError("seeds is empty; name at least one")
     quadratic.kinds.relinear_starts(quadratic.get(config["kind"]))
     quadratic.backward.check_save(config["save"])
+    convert.check_masking(**config["score"])
     classifier.check_fields("budget", config["budget"], convert.BUDGETS)
     classifier.check_fields("actions", dict.fromkeys(config["actions"]), tuple(convert.ACTIONS))
 
@@ -307,8 +312,17 @@ def costs_of(network: models.Network) -> costs.CostReport:
 
 
 def costs_under(config: Mapping[str, Any]) -> Callable[[spec.Architecture], costs.CostReport]:
-    """Architecture -> its costs under the memory policy of the config."""
-    return lambda architecture: costs_of(quadratic_network(architecture, config))
+    """Architecture -> its costs under the memory policy of the config; counted once for each architecture."""
+    return functools.cache(lambda architecture: costs_of(quadratic_network(architecture, config)))
+
+
+def check_transplant(network: models.Network, target: models.Network) -> None:
+    """Raises the error with which `transplant` would refuse to give a network the weights of another."""
+    old, new = (
+        jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(initial_of(net), jax.random.key(0)))
+        for net in (network, target)
+    )
+    convert.transplant(old, network.architecture, new, target.architecture)
 
 
 def method_of(network, optimizer, config, train, steps) -> training.Method:
@@ -335,7 +349,13 @@ def variables_of(state: training.TrainState) -> dict[str, Any]:
 
 def initial(network: models.Network, key: jax.Array) -> Mapping[str, Any]:
     """New variables of a network."""
-    return training.from_linen(network).init(key, np.zeros((1, *network.architecture.input_shape), np.float32))
+    return initial_of(network)(key)
+
+
+def initial_of(network: models.Network) -> Callable[[jax.Array], Mapping[str, Any]]:
+    """Key -> new variables of a network."""
+    images = np.zeros((1, *network.architecture.input_shape), np.float32)
+    return functools.partial(training.from_linen(network).init, inputs=images)
 
 
 def tested(network: models.Network, variables: Mapping[str, Any], config: Mapping[str, Any], sets: Data) -> float:

@@ -33,19 +33,27 @@ def check_config(config: Mapping[str, Any]) -> None:
       ValueError: for unknown or missing fields, listing the valid ones, counts out of range, or no networks.
     """
     valid = base("fashion_mnist")
-    for what, section, known in (("config", config, valid), (CLASSIFIER, config[CLASSIFIER], valid[CLASSIFIER])):
+    sections = {"config": (config, valid), CLASSIFIER: (config.get(CLASSIFIER, {}), valid[CLASSIFIER])}
+    for what, (section, known) in sections.items():
         classifier.check_fields(what, section, tuple(known))
         if missing := sorted(set(known) - set(section)):
             raise ValueError(f"{what}: missing field {', '.join(missing)}; start from configs.generation.base")
     for name in ("batch_size", "steps", "evaluations", "log_every", "discriminator_steps"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {config[name]}")
+    for name in ("epochs", "batch_size"):
+        if config[CLASSIFIER][name] < 1:
+            raise ValueError(f"{CLASSIFIER}.{name} must be at least 1, got {config[CLASSIFIER][name]}")
     if config["evaluations"] > config["steps"]:
         raise ValueError(f"evaluations={config['evaluations']} is more than steps={config['steps']}; take fewer")
     if config["samples"] < 2:
         raise ValueError(f"samples must be at least 2, for a covariance, got {config['samples']}")
     if len(config["sheet"]) != 2 or min(config["sheet"]) < 1:
         raise ValueError(f"sheet must be (rows, columns) of at least 1, got {tuple(config['sheet'])}")
+    if config["samples"] < config["sheet"][0] * config["sheet"][1]:
+        raise ValueError(
+            f"sheet={tuple(config['sheet'])} shows more images than samples={config['samples']}; take fewer"
+        )
     if not len(config["networks"]) or CLASSIFIER in config["networks"]:
         raise ValueError(f"networks: expected at least one, none of them called {CLASSIFIER!r}")
 
@@ -56,7 +64,8 @@ def build(section: Mapping[str, Any], config: Mapping[str, Any], dataset: data.D
     Quadratic generators have a batch norm on every projection.
 
     Raises:
-      ValueError: for an unknown field, kind or norm, or widths that do not fit the images.
+      ValueError: for an unknown field, kind or norm, a norm without a quadratic discriminator, or widths that do not
+        fit the images or the kind.
     """
     classifier.check_fields("network", section, tuple(gan_section((1, 1), (1,))))
     shape = dataset.arrays["image"].shape[1:]
@@ -64,7 +73,11 @@ def build(section: Mapping[str, Any], config: Mapping[str, Any], dataset: data.D
     discriminator = models.sngan_discriminator(section["discriminator"], input_shape=shape)
     for role in ("generator", "discriminator"):
         quadratic.get(section[f"{role}_kind"])
-    checked_norm(section["discriminator_norm"])
+    if checked_norm(section["discriminator_norm"]) is not None and section["discriminator_kind"] == "first_order":
+        raise ValueError(
+            f"discriminator_norm={section['discriminator_norm']!r} is a norm of the projections of a quadratic "
+            "discriminator; set discriminator_kind or take it away"
+        )
     if section["generator_kind"] != "first_order":
         generator = spec.quadratize(generator, section["generator_kind"], branch_norm="batch")
     if section["discriminator_kind"] != "first_order":
@@ -84,7 +97,24 @@ def build(section: Mapping[str, Any], config: Mapping[str, Any], dataset: data.D
         discriminator_steps=config["discriminator_steps"],
         ema_decay=config["ema_decay"],
     )
+    check_start(method, dataset)
     return Gan(made, judging, method)
+
+
+def check_start(method: training.Method, dataset: data.Dataset) -> None:
+    """Raises the error with which a method would refuse to start, without computing anything."""
+    jax.eval_shape(method.init, jax.random.key(0), {name: array[:2] for name, array in dataset.arrays.items()})
+
+
+def classifier_method(network: models.Network, config: Mapping[str, Any], train: data.Dataset) -> training.Method:
+    """The method that trains the classifier."""
+    return classifier.method(network, config[CLASSIFIER], train, classifier_steps(config, train))
+
+
+def classifier_steps(config: Mapping[str, Any], train: data.Dataset) -> int:
+    """Steps for which the classifier is trained."""
+    section = config[CLASSIFIER]
+    return section["epochs"] * data.Batches(train.arrays, section["batch_size"], seed=config["seed"]).steps_per_epoch
 
 
 def feature_extractor(
@@ -93,10 +123,10 @@ def feature_extractor(
     """Trains the classifier, or finds it trained; returns uint8 images -> features and its test accuracy."""
     section = config[CLASSIFIER]
     source = data.Batches(train.arrays, section["batch_size"], seed=config["seed"])
-    steps = section["epochs"] * source.steps_per_epoch
+    steps = classifier_steps(config, train)
     print(f"{CLASSIFIER}: {steps} steps of {section['batch_size']} on {len(train)} images of {config['dataset']}")
     result = training.fit(
-        classifier.method(network, section, train, steps),
+        classifier_method(network, config, train),
         lambda start: data.prefetch(source.starting_at(start)),
         steps=steps,
         key=jax.random.key(config["seed"]),

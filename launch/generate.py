@@ -39,7 +39,8 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
             raise ValueError(f"{name} asks for {needed} images, but {images.name!r} has {len(images)} in this split")
     source = data.Batches(train.arrays, gan.images_per_step(config), seed=config["seed"])
     gans = {name: gan.build(section, config, train) for name, section in config["networks"].items()}
-    judge = classifier.network(config["classifier"]["network"], train)
+    judge = classifier.network(config[gan.CLASSIFIER]["network"], train)
+    gan.check_start(gan.classifier_method(judge, config, train), train)
     directory, _ = training.prepare_workdir(workdir, plain_config(config), overwrite, [gan.CLASSIFIER, *gans])
 
     # ---- the classifier and its features -----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ little (`reduce`), `transplant` what is left, and train again. Architectures say
 for plain, residual and depthwise-separable networks alike.
 """
 
-from jaxeff.quadratic.importance import LayerScore, Scores, mask, score
+from jaxeff.quadratic.importance import LayerScore, Scores, check_masking, mask, score
 from jaxeff.quadratic.reduction import ACTIONS, BUDGETS, Reduction, reduce, smallest
 from jaxeff.quadratic.transplant import fresh_layers, transplant
 from jaxeff.spec import quadratize
@@ -17,6 +17,7 @@ __all__ = [
     "LayerScore",
     "Reduction",
     "Scores",
+    "check_masking",
     "fresh_layers",
     "mask",
     "quadratize",

@@ -113,14 +113,13 @@ def score(
     """
     marked = spec.edit(architecture, lambda layer: dataclasses.replace(layer, gate=_CHOSEN), select)
     layers = [path for path, layer in weighted_layers(marked) if layer.gate is _CHOSEN]
-    _check_ratio(ratio)
-    if masks < 1 or batch_size < 1:
-        raise ValueError(f"masks and batch_size must be at least 1, got {masks} and {batch_size}")
+    check_masking(ratio, masks, batch_size)
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    if images.shape[1:] != tuple(architecture.input_shape) or labels.shape != images.shape[:1]:
+    wrong = images.shape[1:] != tuple(architecture.input_shape) or labels.shape != images.shape[:1]
+    if wrong or not len(images) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
-            f"images and labels must be [N, *{tuple(architecture.input_shape)}] and [N], got {images.shape} and "
-            f"{labels.shape}"
+            f"images and labels must be [N, *{tuple(architecture.input_shape)}] and integers [N], N at least 1, got "
+            f"{images.shape} and {labels.dtype}{list(labels.shape)}"
         )
     count = len(images)
     size = min(batch_size, count)
@@ -139,6 +138,13 @@ def score(
         params_share, macs_share = shares(report, [path])
         rows.append(LayerScore(path, params_share, macs_share, drop, ri(params_share * macs_share, drop)))
     return Scores(tuple(rows), clean)
+
+
+def check_masking(ratio: float, masks: int, batch_size: int) -> None:
+    """Raises ValueError if these arguments of `score` are out of range."""
+    _check_ratio(ratio)
+    if masks < 1 or batch_size < 1:
+        raise ValueError(f"masks and batch_size must be at least 1, got {masks} and {batch_size}")
 
 
 @partial(jax.jit, static_argnums=(0, 1))

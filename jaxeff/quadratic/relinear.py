@@ -12,7 +12,7 @@ steps (`gamma`) or by shrinking them after every step (`shrink`).
 """
 
 from collections.abc import Callable, Collection
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ def restrain(
     return optax.GradientTransformation(init, update)
 
 
-def _known(value: float | Schedule) -> bool:
+def _known(value: float | Schedule) -> TypeGuard[float]:
     """Whether it is a number to be checked now: neither a schedule nor traced."""
     return not callable(value) and not isinstance(value, jax.core.Tracer)
 
