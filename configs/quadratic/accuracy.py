@@ -5,8 +5,11 @@
 
 Five convolutions of QuadraLib's seven-layer plan at an eighth of its width. With three maps in each neuron, widths
 divided by the square root of three have as many parameters and MACs; the stem and rounding decide which of the two is
-met exactly. Two epochs, the memory policy "x". Half an hour on two CPU cores that were not idle for Fashion-MNIST; not
-timed on a GPU yet. Expected there: first order 88.5 %, quadratic 86.8 % at both.
+met exactly. Two epochs with the rate, of 0.1, 0.3 and 1, that was best for the first-order network and for the
+quadratic one alike on the last 5,000 training images of Fashion-MNIST (seed 3); there the ReLinear start was better
+than Kaiming's by 0.9 points. All networks keep everything for their backward pass (save="all").
+
+TIMES
 """
 
 from ml_collections import ConfigDict
@@ -34,9 +37,9 @@ def get_config(arg: str = "fashion_mnist") -> ConfigDict:
         config.train_split, config.test_split, config.steps, config.seeds = "train[:64]", "test[:64]", 2, (0,)
     config.networks.first_order = network("vgg", plan=FIRST_ORDER)
     for cost, plan in PLANS["fashion_mnist" if smoke else arg].items():
-        layers = network("vgg", plan=plan, kind="quadralib", branch_norm="batch", save="x")
+        layers = network("vgg", plan=plan, kind="quadralib", branch_norm="batch", initialization="relinear")
         config.networks[f"quadratic_equal_{cost}"] = layers
-    config.optimizer = sgd(0.1, warmup=1 if smoke else 100)
+    config.optimizer = sgd(0.3, warmup=1 if smoke else 100)
     config.augment.update({"crop": 2, "flip": True})
     config.log_every = 50
     return config

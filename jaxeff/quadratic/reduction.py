@@ -1,6 +1,8 @@
 """Fewer and smaller layers: what is expensive and unimportant is taken out of an architecture."""
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +36,7 @@ def reduce(
     costs_of: Callable[[Architecture], costs.CostReport],
     *,
     reference: costs.LayerCost | None = None,
-    actions: Sequence[str] = ("remove",),
+    actions: str | Sequence[str] = ("remove",),
 ) -> Reduction:
     """Takes away what has the highest RI until a network fits its budget.
 
@@ -52,7 +54,7 @@ def reduce(
       costs_of: architecture -> its costs; with residuals where they have a budget. Rows are called
         "<network>/<path>/...", as those of `jaxeff.models.Network` are.
       reference: what fractions refer to, for example `costs_of(first_order).total`.
-      actions: what to do, the first that is possible for the highest RI: "remove"; "revert" (to first order, its norm
+      actions: one or several, the first that is possible for the highest RI: "remove"; "revert" (to first order, its norm
         behind it); "shrink" (to half its width; of a residual block the width inside). What is removed where the shape
         changes is merged with the next layer or block, which takes over its stride and shortcut.
 
@@ -88,7 +90,7 @@ def smallest(
     costs_of: Callable[[Architecture], costs.CostReport],
     *,
     reference: costs.LayerCost | None = None,
-    actions: Sequence[str] = ("remove",),
+    actions: str | Sequence[str] = ("remove",),
     layers: Collection[str] | None = None,
 ) -> Reduction:
     """Takes away what saves most until a network fits its budget; says before any training what a budget can be.
@@ -108,7 +110,7 @@ def smallest(
     limits = _limits(budget, reference)
 
     def cost(step):
-        return sum(getattr(step[-1].total, name) / limit for name, limit in limits.items())
+        return sum(getattr(step[-1].total, name) / max(limit, 1) for name, limit in limits.items())
 
     def cheapest(steps):
         return min(steps, key=cost, default=None)
@@ -117,7 +119,7 @@ def smallest(
     if not _fits(found.cost, limits):
         reached = ", ".join(f"{name} {getattr(found.cost, name):,} (budget {limits[name]:,})" for name in limits)
         raise ValueError(
-            f"budget {dict(budget)} cannot be met: the smallest network that actions={tuple(actions)} reach from "
+            f"budget {dict(budget)} cannot be met: the smallest network that actions={actions} reach from "
             f"{architecture.name!r} has {reached}; allow more or further actions of {', '.join(ACTIONS)}"
         )
     return found
@@ -125,8 +127,9 @@ def smallest(
 
 def _taken_away(architecture, layers, costs_of, limits, actions, order, choose) -> Reduction:
     """Does what `choose` chooses of what is possible, units in `order`, until it fits or nothing is possible."""
+    actions = (actions,) if isinstance(actions, str) else tuple(actions)
     if not actions or not set(actions) <= set(ACTIONS):
-        raise ValueError(f"actions must be some of {', '.join(map(repr, ACTIONS))}, got {tuple(actions)}")
+        raise ValueError(f"actions must be some of {', '.join(map(repr, ACTIONS))}, got {actions}")
     report = costs_of(architecture)
     if "residual_bytes" in limits and report.total.residual_bytes is None:
         raise ValueError("budget has residual_bytes, but costs_of does not count them; analyze with residuals=True")
@@ -275,13 +278,13 @@ ACTIONS: dict[str, Callable[[Architecture, _Unit], Architecture | None]] = {
 def _limits(budget: Mapping[str, float], reference: costs.LayerCost | None) -> dict[str, int]:
     if not budget or not set(budget) <= set(BUDGETS):
         raise ValueError(f"budget must have some of {', '.join(BUDGETS)}, got {sorted(budget)}")
-    limits = {}
+    limits: dict[str, int] = {}
     for name, value in budget.items():
-        if isinstance(value, float):
+        if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+            raise ValueError(f"budget {name} must be a positive number, an integer or a fraction, got {value!r}")
+        if not isinstance(value, numbers.Integral):
             if reference is None or getattr(reference, name) is None:
                 raise ValueError(f"budget {name}={value} is a fraction; pass reference= with its {name}, or an integer")
-            value = int(value * getattr(reference, name))
-        if value < 1:
-            raise ValueError(f"budget {name} must be at least 1, got {value}")
-        limits[name] = value
+            value = value * getattr(reference, name)
+        limits[name] = int(value)
     return limits

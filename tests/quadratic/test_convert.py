@@ -293,7 +293,9 @@ def test_scores_are_those_of_a_plain_loop_over_layers_and_masks(name):
         (dict(ratio=1.5), "ratio must be in 0..1, got 1.5"),
         (dict(masks=0), "masks and batch_size must be at least 1, got 0"),
         (dict(select="conv9"), "select='conv9' matches no layer"),
-        (dict(labels=np.zeros(3, int)), r"must be \[N, \*\(6, 6, 2\)\] and \[N\], got \(4, 6, 6, 2\) and \(3,\)"),
+        (dict(labels=np.zeros(3, int)), r"must be \[N, \*\(6, 6, 2\)\] and integers \[N\], .*, 6, 6, 2\) and int32\[3\]"),
+        (dict(labels=np.zeros(4)), r"integers \[N\], .* got \(4, 6, 6, 2\) and float32\[4\]"),
+        (dict(images=normal(0, 0, 6, 6, 2), labels=np.zeros(0, int)), r"N at least 1, got \(0, 6, 6, 2\)"),
     ],
 )
 def test_scores_say_what_is_wrong_with_their_arguments(change, message):
@@ -444,6 +446,8 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_reachable():
         reduced(VGG, scores, {"params": 10})
     # One convolution is left: 3x3, 1 -> 4 in three kernels, and the head 4 -> 3.
     assert f"params {3 * 9 * 4 + 12} " in str(error.value)
+    with pytest.raises(ValueError, match=rf"budget .*1e-09.* cannot be met: .* {3 * 9 * 4 + 12} \(budget 0\)"):
+        reduced(VGG, scores, {"params": np.float64(1e-9)}, reference=costs_of(VGG).total, actions="remove")
 
 
 def test_a_budget_that_the_highest_ri_leads_away_from_is_met_all_the_same():
@@ -493,7 +497,9 @@ def test_layers_without_a_first_order_part_are_not_reverted(kind, branch_norm):
         ({"flops": 3}, {}, "budget must have some of params, macs, residual_bytes, got .'flops'"),
         ({}, {}, "budget must have some of"),
         ({"macs": 0.5}, {}, "budget macs=0.5 is a fraction; pass reference="),
-        ({"macs": 0}, {}, "budget macs must be at least 1, got 0"),
+        ({"macs": 0}, {}, "budget macs must be a positive number, an integer or a fraction, got 0"),
+        ({"macs": float("nan")}, {}, "budget macs must be a positive number, .*, got nan"),
+        ({"macs": "0.5"}, {}, "budget macs must be a positive number, .*, got '0.5'"),
         ({"macs": 1}, {"actions": ("delete",)}, "actions must be some of 'remove', 'revert', 'shrink', got"),
     ],
 )
