@@ -166,7 +166,10 @@ def _weighted(layer, net: _Settings, x, train):
         module = net.conv(layer, groups=layer.groups or x.shape[-1], **settings)
     else:
         module = net.dense(layer, **settings)
-    x = module(x, train)
+    try:
+        x = module(x, train)
+    except ValueError as error:
+        raise ValueError(f"layer {'/'.join(module.path[:-1])!r}: {error}") from error
     if getattr(module, "out_norm", None) is None and getattr(module, "act", None) is None:
         norm = Norm(layer.norm, axis_name=net.axis_name, dtype=net.dtype, param_dtype=net.param_dtype, name="norm")
         x = activation(layer.act)(norm(x, train))

@@ -145,11 +145,13 @@ def check_save(save: str) -> None:
 
 def _forward(form, params, x, statistics=None):
     zs = form.project(params, x)
+    # Widened once: plain differentiation keeps what it normalises and what it takes the moments of, two arrays or one.
+    wide = [z.astype(jnp.promote_types(z.dtype, jnp.float32)) for z in zs]
     branch = out = None
     if form.branch_norm == "batch":
-        branch = {p.name: _shifted(form, params, p, z) for p, z in zip(form.kind.projections, zs, strict=True)}
+        branch = {p.name: _shifted(form, params, p, z) for p, z in zip(form.kind.projections, wide, strict=True)}
         branch = branch if statistics is None else {p.name: statistics[p.name] for p in form.kind.projections}
-    y = _combined(form, params, zs, branch)
+    y = _combined(form, params, wide, branch)
     if form.out_norm == "batch":
         out = moments(y, form.axis_name) if statistics is None else statistics[OUT]
     used = {**(branch or {}), **({} if out is None else {OUT: out})}

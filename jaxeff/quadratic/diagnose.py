@@ -22,6 +22,7 @@ from flax import traverse_util
 
 from jaxeff.ops import Moments
 from jaxeff.quadratic import kinds
+from jaxeff.quadratic.backward import OUT
 from jaxeff.quadratic.layers import QuadraticConv, QuadraticDense
 from jaxeff.quadratic.neurons import conv_block, dense_block
 
@@ -325,8 +326,7 @@ def _neurons(module, x) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     block: Callable[..., Any] = dense_block
     if isinstance(module, QuadraticConv):
         block = conv_block
-        settings |= dict(strides=module.strides, padding=module.padding, dilation=module.kernel_dilation)
-        settings |= dict(groups=module.feature_group_count, kernel_size=module.kernel_size)
+        settings |= module.window._asdict()
         settings |= dict(conv_general_dilated=module.conv_general_dilated)
     projections: dict[str, jax.Array] = {}
 
@@ -337,7 +337,8 @@ def _neurons(module, x) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     def flipped(name, z):
         return -z if of[name] == "x" else z
 
-    params, x = module.variables["params"], x.astype(jnp.float32)
+    params = {name: value for name, value in module.variables["params"].items() if name != f"norm_{OUT}"}
+    x = x.astype(jnp.float32)
     y, mirrored = (block(params, x, statistics or None, branch=b, **settings)[0] for b in (kept, flipped))
     return (y + mirrored) / 2, (y - mirrored) / 2, projections
 

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
@@ -117,8 +117,12 @@ class Kind:
 
         @combine.defjvp
         def rule(values, tangents):
-            y, terms = combine(*values), []
-            for p, slope, tangent in zip(self.projections, slopes(*values), tangents, strict=True):
+            y, terms, factors = combine(*values), [], slopes(*values)
+            if len(factors) != len(values):
+                raise ValueError(
+                    f"kind {self.name!r}: {len(factors)} slopes of {len(values)} projections; give one each"
+                )
+            for p, slope, tangent in zip(self.projections, factors, tangents, strict=True):
                 term = slope * tangent
                 terms.append(term if p.rank == 1 else term.sum(-1))
             return y, sum(terms[1:], terms[0]).astype(y.dtype)
@@ -129,8 +133,10 @@ class Kind:
         """M, the number of neurons that give so many output channels.
 
         Raises:
-          ValueError: if the channels of one neuron do not divide them.
+          ValueError: if there are none, or the channels of one neuron do not divide them.
         """
+        if features < 1:
+            raise ValueError(f"features must be at least 1, got {features}")
         if features % self.outputs:
             raise ValueError(
                 f"kind {self.name!r} gives {self.outputs} channels per neuron, which do not divide {features} features"
@@ -153,7 +159,8 @@ def register(kind: Kind, *, overwrite: bool = False) -> Kind:
     """Adds a kind of the user's own, and returns it; `overwrite` replaces one of the same name.
 
     Raises:
-      ValueError: if the name is taken by another kind, or names repeat or refer to nothing.
+      ValueError: if the name is taken by another kind, names repeat, refer to nothing or are those of other parameters
+        of a layer, or slopes are of a form that has none.
     """
     names = [part.name for part in kind.parts]
     if not kind.projections or len(set(names)) != len(names):
@@ -161,6 +168,7 @@ def register(kind: Kind, *, overwrite: bool = False) -> Kind:
     own = {p.name for p in kind.projections if p.kernel is None}
     if missing := sorted({p.kernel for p in kind.projections if p.kernel} - own):
         raise ValueError(f"kind {kind.name!r} shares the kernels of {missing}, but its own are those of {sorted(own)}")
+    _check_parts(kind)
     if kind.name in FAMILIES:
         raise ValueError(f"kind {kind.name!r} would hide the family of that name; choose another name")
     if kind.name in KINDS and KINDS[kind.name] != kind and not overwrite:
@@ -169,6 +177,31 @@ def register(kind: Kind, *, overwrite: bool = False) -> Kind:
         )
     KINDS[kind.name] = kind
     return kind
+
+
+def _check_parts(kind: Kind) -> None:
+    own = {p.name: p for p in kind.projections}
+    for p in kind.projections:
+        if p.of not in get_args(Of) or p.rank < 1:
+            raise ValueError(
+                f"kind {kind.name!r}: projection {p.name!r} must be of one of {', '.join(map(repr, get_args(Of)))} and "
+                f"have a rank of at least 1, got of={p.of!r}, rank={p.rank}"
+            )
+        other = own[p.kernel or p.name]
+        if p.rank != other.rank or weights_of(p.of, 2) != weights_of(other.of, 2):
+            raise ValueError(
+                f"kind {kind.name!r}: {p.name!r} cannot share the kernel of {other.name!r}, which has another shape: "
+                f"rank {p.rank} of {p.of!r} and rank {other.rank} of {other.of!r}"
+            )
+    taken = [name for name in own if name == "out"]
+    taken += [extra.name for extra in kind.extras if extra.name.startswith(("kernel_", "bias_", "norm_"))]
+    if taken:
+        raise ValueError(
+            f"kind {kind.name!r}: {taken} would be taken for other parameters of a layer (norm_out is its output norm, "
+            "and kernel_, bias_ and norm_ begin those of projections); choose other names"
+        )
+    if kind.slopes is not None and (kind.extras or kind.outputs > 1):
+        raise ValueError(f"kind {kind.name!r}: slopes are for kinds without extras and with one output; leave them out")
 
 
 def register_family(name: str, build: Callable[..., Kind]) -> None:
@@ -188,6 +221,8 @@ def get(name: str) -> Kind:
     Raises:
       ValueError: listing the known kinds; for an option that the family does not have.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"kind must be the name of one, such as 'quadralib', got {name!r}; register your own first")
     if name in KINDS:
         return KINDS[name]
     family, options = _parsed(name)

@@ -164,14 +164,14 @@ class QuadraticDense(_QuadraticLayer):
 
 
 class QuadraticConv(_QuadraticLayer):
-    """2D convolution of neurons of a kind; drop-in for `flax.linen.Conv` on [N, H, W, C].
+    """2D convolution of neurons of a kind, with the attributes of `flax.linen.Conv`, on [N, H, W, C].
 
     Attributes:
       features: output channels O.
-      kernel_size: (height, width).
-      strides: two strides.
-      padding: "SAME", "VALID" or two (low, high) pairs.
-      kernel_dilation: two kernel dilations.
+      kernel_size: (height, width), or one number for both.
+      strides: one for both axes or two.
+      padding: "SAME", "SAME_LOWER" or "VALID"; one number for all sides; or for each axis a number or (low, high).
+      kernel_dilation: one for both axes or two.
       feature_group_count: channel groups.
       kind, use_bias, branch_norm, branch_act, out_norm, act, save, impl, initialization, dtype, param_dtype, precision,
         axis_name: as in `QuadraticDense`.
@@ -179,17 +179,24 @@ class QuadraticConv(_QuadraticLayer):
     """
 
     features: int
-    kernel_size: tuple[int, int] = (3, 3)
-    strides: tuple[int, int] = (1, 1)
+    kernel_size: int | tuple[int, int] = (3, 3)
+    strides: int | tuple[int, int] = 1
     padding: Any = "SAME"
-    kernel_dilation: tuple[int, int] = (1, 1)
+    kernel_dilation: int | tuple[int, int] = 1
     feature_group_count: int = 1
     conv_general_dilated: Callable[..., jax.Array] = conv_general_dilated
+
+    @property
+    def window(self) -> projections.Window:
+        """Kernel size, strides, padding, dilation and groups, each in full."""
+        groups = self.feature_group_count
+        return projections.window(self.strides, self.padding, self.kernel_dilation, groups, self.kernel_size)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Convolves x [N, H, W, I] to [N, H', W', features]; `train` as in `QuadraticDense`."""
-        groups = self.feature_group_count
+        groups, window = self.feature_group_count, self.window
+        assert window.kernel_size is not None
         if x.ndim != 4:
             raise ValueError(f"x must be [N, H, W, C], got shape {x.shape}")
         neurons = kinds.get(self.kind).neurons(self.features)
@@ -201,14 +208,10 @@ class QuadraticConv(_QuadraticLayer):
             )
         return self._run(
             conv_block,
-            (*self.kernel_size, x.shape[-1] // groups),
+            (*window.kernel_size, x.shape[-1] // groups),
             x,
             train,
-            strides=self.strides,
-            padding=self.padding,
-            dilation=self.kernel_dilation,
-            groups=groups,
-            kernel_size=self.kernel_size,
+            **window._asdict(),
             conv_general_dilated=self.conv_general_dilated,
         )
 

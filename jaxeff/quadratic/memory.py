@@ -1,8 +1,8 @@
 """How much memory the backward pass of quadratic layers needs: by formula, by trace and as compiled, side by side.
 
 The formulas count what a layer of `jaxeff.quadratic` keeps for each of its policies (`save`), in arrays of the size of
-its output (float32, batch norms, ReLU; here for QuadraLib's neuron, which has three projections of the input; squares
-of it, patches and half products of other kinds come on top under "all"):
+its output (in float32, with batch norms and ReLU; here for QuadraLib's neuron, which has three projections of the
+input; squares of it, patches and half products of other kinds come on top under "all"):
 
 | policy | with branch norms | without |
 |---|---|---|
@@ -11,7 +11,9 @@ of it, patches and half products of other kinds come on top under "all"):
 | "x" | input | the same |
 
 A norm keeps its input ("layer" and "rms" the normalised values as well), ReLU one byte for each value. Mean and
-variance of every channel come on top. An input that several layers read counts once.
+variance of every channel come on top, and kernels in the dtype of the arithmetic where they are kept in another. In
+types narrower than float32 input and projections are of that type and all else is float32. An input that several layers
+read counts once.
 """
 
 import dataclasses
@@ -122,7 +124,7 @@ def memory_report(network: nn.Module, x: Any, *, compiled: bool = True) -> Memor
 
 
 def residual_bytes(layer: QuadraticConv | QuadraticDense, x: Any) -> int:
-    """What one layer keeps for the backward pass under its policy, by formula; without the parameters.
+    """What one layer keeps for the backward pass under its policy, by formula; without the parameters as they are kept.
 
     Args:
       layer: the layer, with its norms and activation.
@@ -131,14 +133,17 @@ def residual_bytes(layer: QuadraticConv | QuadraticDense, x: Any) -> int:
     Returns:
       Bytes.
     """
-    x = jax.ShapeDtypeStruct(x.shape, layer.dtype or x.dtype)
-    y = jax.eval_shape(lambda x: layer.init_with_output(jax.random.key(0), x)[0], x)
+    x = jax.ShapeDtypeStruct(x.shape, layer.dtype or jnp.result_type(x.dtype, layer.param_dtype))
+    y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
     # A fused layer is one projection to everybody outside.
     kind = kinds.get("first_order" if layer.impl == "fused" else layer.kind)
     neurons = math.prod(y.shape[:-1]) * kind.neurons(layer.features)
     values = neurons * sum(p.rank for p in kind.projections)
     channels = sum(p.rank for p in kind.projections) * kind.neurons(layer.features)
     kept = _nbytes(x)
+    if x.dtype != layer.param_dtype:
+        kernels = [value for name, value in variables["params"].items() if name.startswith("kernel_")]
+        kept += sum(kernel.size for kernel in kernels) * x.dtype.itemsize
     kept += 8 * (channels * (layer.branch_norm == "batch") + layer.features * (layer.out_norm == "batch"))
     if layer.save == "x":
         return kept
@@ -243,10 +248,7 @@ def _kept_by_projecting(layer: QuadraticConv | QuadraticDense, kind: kinds.Kind,
     params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
     kernels = {name: value for name, value in params.items() if name.startswith("kernel_")}
     if isinstance(layer, QuadraticConv):
-        window = projections.Window(
-            layer.strides, layer.padding, layer.kernel_dilation, layer.feature_group_count, layer.kernel_size
-        )
-        project = projections.conv(kind, window, None, "separate", layer.conv_general_dilated)
+        project = projections.conv(kind, layer.window, None, "separate", layer.conv_general_dilated)
     else:
         project = projections.dense(kind, None, "separate")
     return costs.analyze(project, kernels, x).total.residual_bytes or 0

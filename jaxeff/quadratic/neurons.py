@@ -50,7 +50,7 @@ def dense(
       [..., O].
 
     Raises:
-      ValueError: for an unknown kind, or missing or extra parameters.
+      ValueError: for an unknown kind, missing or extra parameters, or shapes that do not fit.
     """
     return dense_block(params, x, kind=kind, precision=precision, branch=branch, impl=impl, save=save)[0]
 
@@ -60,11 +60,11 @@ def conv(
     x: jax.Array,
     *,
     kind: str = "quadralib",
-    strides: Sequence[int] = (1, 1),
+    strides: int | Sequence[int] = 1,
     padding: Any = "SAME",
-    dilation: Sequence[int] = (1, 1),
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
-    kernel_size: Sequence[int] | None = None,
+    kernel_size: int | Sequence[int] | None = None,
     precision: Any = None,
     branch: Branch | None = None,
     impl: Impl = "auto",
@@ -79,11 +79,11 @@ def conv(
         pairs, and the kind's extras.
       x: [N, H, W, I], same dtype as the kernels.
       kind: a name in `jaxeff.quadratic.KINDS`, or a family with options: "bergstra(rank=4)".
-      strides: two strides.
-      padding: "SAME", "VALID" or two (low, high) pairs.
-      dilation: two kernel dilations.
+      strides: one for both axes or two.
+      padding: "SAME", "SAME_LOWER" or "VALID"; one number for all sides; or for each axis a number or (low, high).
+      dilation: of the kernel, one for both axes or two.
       groups: channel groups; must divide I and O.
-      kernel_size: (kh, kw); only kinds whose kernels are all of pairs need it.
+      kernel_size: (kh, kw), or one number for both; only kinds whose kernels are all of pairs need it.
       precision: as in lax.
       branch: function (projection name, projection) -> projection, applied to each before they are combined.
       impl: "separate" convolutions, one "stacked" convolution for all projections, "fused" with their combination into
@@ -95,7 +95,8 @@ def conv(
       [N, H', W', O].
 
     Raises:
-      ValueError: for an unknown kind, missing or extra parameters, a rank other than 4, or groups that do not divide.
+      ValueError: for an unknown kind, missing or extra parameters, shapes that do not fit, a rank other than 4, or
+        groups that do not divide.
     """
     window: dict[str, Any] = dict(
         strides=strides, padding=padding, dilation=dilation, groups=groups, kernel_size=kernel_size
@@ -130,10 +131,11 @@ def dense_block(
       The output [..., O], and the moments that its batch norms used, by projection name and "out".
 
     Raises:
-      ValueError: as `dense`; for an unknown norm or activation.
+      ValueError: as `dense`; for an unknown norm or activation, or missing or extra parameters of norms.
     """
     chosen = kinds.get(kind)
-    projections.check_params(chosen, params)
+    projections.check_params(chosen, params, x.shape[-1])
+    _check_norms(chosen, params, statistics, surroundings)
     if impl == "fused":
         form, params = _fused(chosen, params, precision, surroundings)
     else:
@@ -148,11 +150,11 @@ def conv_block(
     statistics: Statistics | None = None,
     *,
     kind: str = "quadralib",
-    strides: Sequence[int] = (1, 1),
+    strides: int | Sequence[int] = 1,
     padding: Any = "SAME",
-    dilation: Sequence[int] = (1, 1),
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
-    kernel_size: Sequence[int] | None = None,
+    kernel_size: int | Sequence[int] | None = None,
     precision: Any = None,
     impl: Impl = "auto",
     save: Save = "all",
@@ -173,12 +175,12 @@ def conv_block(
       The output [N, H', W', O], and the moments that its batch norms used, by projection name and "out".
 
     Raises:
-      ValueError: as `conv`; for an unknown norm or activation.
+      ValueError: as `conv`; for an unknown norm or activation, or missing or extra parameters of norms.
     """
     if x.ndim != 4:
         raise ValueError(f"x must be [N, H, W, C], got shape {x.shape}")
     chosen = kinds.get(kind)
-    projections.check_params(chosen, params)
+    window = projections.window(strides, padding, dilation, groups, kernel_size)
     if (
         groups < 1
         or x.shape[-1] % groups
@@ -189,11 +191,12 @@ def conv_block(
             f"groups={groups} must be at least 1 and divide the {x.shape[-1]} input channels and the outputs of every "
             f"projection, {outputs}"
         )
-    window = projections.Window(tuple(strides), padding, tuple(dilation), groups, tuple(kernel_size or ()) or None)
+    projections.check_params(chosen, params, x.shape[-1], groups)
+    _check_norms(chosen, params, statistics, surroundings)
     if impl == "fused":
         pointwise = params[f"kernel_{chosen.projections[0].name}"].shape[:2] == (1, 1)
-        unpadded = isinstance(padding, str) or all(tuple(pair) == (0, 0) for pair in padding)
-        if not (pointwise and unpadded and groups == 1 and tuple(strides) == (1, 1)):
+        unpadded = isinstance(window.padding, str) or all(pair == (0, 0) for pair in window.padding)
+        if not (pointwise and unpadded and groups == 1 and window.strides == (1, 1)):
             raise ValueError(
                 "impl='fused' is for 1x1 convolutions with stride 1, groups=1 and no padding, got "
                 f"{tuple(window)}; use impl='auto'"
@@ -203,6 +206,23 @@ def conv_block(
         impl = projections.resolved(impl, chosen, params, x, window)
         form = Form(chosen, projections.conv(chosen, window, precision, impl, conv_general_dilated), **surroundings)
     return backward.block(form, params, x, statistics, save=save, piece_bytes=piece_bytes)
+
+
+def _check_norms(kind, params, statistics, surroundings) -> None:
+    """Raises ValueError if there are not the parameters and statistics of the norms, or others."""
+    norms = {p.name: surroundings.get("branch_norm") for p in kind.projections}
+    norms[backward.OUT] = surroundings.get("out_norm")
+    needed = {f"norm_{name}" for name, norm in norms.items() if norm}
+    given = {name for name in params if name.startswith("norm_")}
+    if needed != given:
+        raise ValueError(
+            f"kind {kind.name!r} with branch_norm={surroundings.get('branch_norm')!r} and "
+            f"out_norm={surroundings.get('out_norm')!r}: missing {sorted(needed - given)}, unexpected "
+            f"{sorted(given - needed)} among the parameters"
+        )
+    running = {name for name, norm in norms.items() if norm == "batch"}
+    if statistics is not None and not running <= set(statistics):
+        raise ValueError(f"statistics have no moments of {sorted(running - set(statistics))}; None takes this batch's")
 
 
 def _fused(kind, params, precision, surroundings) -> tuple[Form, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The linear maps of a layer of neurons: their kernels, and how all of them are computed."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ IMPLS: tuple[str, ...] = ("separate", "stacked", "fused", "auto")
 # 64 MiB of float32: the weights of a full quadratic form grow with the square of the patch.
 MAX_PAIR_WEIGHTS = 2**24
 PAIRS = ("pairs", "symmetric_pairs")
+PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 
 Project = Callable[[Mapping[str, Any], jax.Array], tuple[jax.Array, ...]]
 
@@ -27,7 +28,7 @@ class Window(NamedTuple):
 
     Attributes:
       strides: (vertical, horizontal).
-      padding: "SAME", "VALID" or two (low, high) pairs.
+      padding: "SAME", "SAME_LOWER", "VALID" or two (low, high) pairs.
       dilation: kernel dilations.
       groups: channel groups.
       kernel_size: (height, width); None reads it off a kernel, which those of pairs do not show.
@@ -38,6 +39,44 @@ class Window(NamedTuple):
     dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
     kernel_size: tuple[int, ...] | None = None
+
+
+def window(
+    strides: int | Sequence[int] = 1,
+    padding: Any = "SAME",
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    kernel_size: int | Sequence[int] | None = None,
+) -> Window:
+    """The window that users mean by an integer for both axes, or by one for each.
+
+    Args:
+      strides, dilation, groups, kernel_size: as in `Window`.
+      padding: "SAME", "SAME_LOWER" or "VALID"; a number of zeros on all four sides; or for each axis a number or
+        (low, high).
+
+    Raises:
+      ValueError: for anything else, naming it.
+    """
+    sizes = {"strides": strides, "dilation": dilation}
+    if kernel_size is not None:
+        sizes["kernel_size"] = kernel_size
+    pairs = {name: _pair(size) for name, size in sizes.items()}
+    for name, pair in pairs.items():
+        if len(pair) != 2 or not all(isinstance(size, int | np.integer) and size > 0 for size in pair):
+            raise ValueError(f"{name} must be a positive integer or two, got {sizes[name]!r}")
+    if not isinstance(padding, str):
+        pads = tuple(map(_pair, _pair(padding)))
+        if [len(pair) for pair in pads] != [2, 2] or not all(isinstance(n, int | np.integer) for n in sum(pads, ())):
+            raise ValueError(f"padding must be an integer, two, two (low, high) pairs or a name, got {padding!r}")
+        padding = pads
+    elif padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {', '.join(map(repr, PADDINGS))} or numbers, got {padding!r}")
+    return Window(pairs["strides"], padding, pairs["dilation"], groups, pairs.get("kernel_size"))
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Iterable) else (value, value)
 
 
 def kernel_shape(projection: Projection, receptive: Sequence[int], neurons: int) -> tuple[int, ...]:
@@ -80,10 +119,17 @@ def fused(kind: Kind, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
-def check_params(kind: Kind, params: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming them, if parameters of a kind are missing or there are others.
+def check_params(kind: Kind, params: Mapping[str, Any], inputs: int, groups: int = 1) -> None:
+    """Checks the parameters of a kind; those of norms, called norm_<projection> and norm_out, are left to others.
 
-    Parameters of norms, called norm_<projection> and norm_out, are left to those who read them.
+    Args:
+      kind: the type of neuron.
+      params: kernels, biases and extras by name.
+      inputs: I, the channels of the input.
+      groups: channel groups.
+
+    Raises:
+      ValueError: naming them, if parameters are missing or there are others, or shapes do not fit each other.
     """
     needed = {f"kernel_{p.name}" for p in kind.projections if p.kernel is None}
     needed |= {extra.name for extra in kind.extras if not extra.bias}
@@ -94,6 +140,27 @@ def check_params(kind: Kind, params: Mapping[str, Any]) -> None:
         raise ValueError(
             f"kind {kind.name!r} ({kind.formula}) takes {sorted(needed)} and optional biases; "
             f"missing {sorted(needed - given)}, unexpected {sorted(given - allowed)}"
+        )
+    shapes = {name: jnp.shape(params[name]) for name in sorted(given)}
+    first = next(p for p in kind.projections if p.kernel is None)
+    neurons = shapes[f"kernel_{first.name}"][-1] // first.rank
+    linear = [shapes[f"kernel_{p.name}"][:-1] for p in kind.projections if p.kernel is None and p.of not in PAIRS]
+    receptive = linear[0] if linear else ()
+    expected: dict[str, tuple[int, ...]] = {}
+    for p in kind.projections:
+        width = neurons * p.rank
+        expected[f"bias_{p.name}"] = (width,)
+        if p.of not in PAIRS:
+            expected[f"kernel_{p.name}"] = (*receptive[:-1], inputs // groups, width)
+        elif receptive:
+            expected[f"kernel_{p.name}"] = (weights_of(p.of, math.prod(receptive)), width)
+        else:  # how large the window is, these kernels do not show
+            expected[f"kernel_{p.name}"] = (shapes.get(f"kernel_{p.name}", (0,))[0], width)
+    expected |= {extra.name: tuple(extra.shape(neurons, groups)) for extra in kind.extras}
+    if wrong := {name: shape for name, shape in shapes.items() if shape != expected[name]}:
+        raise ValueError(
+            f"kind {kind.name!r} ({kind.formula}), {neurons} neurons with {inputs} input channels in {groups} groups: "
+            f"expected shapes { ({name: expected[name] for name in wrong}) }, got {wrong}"
         )
 
 
@@ -201,7 +268,12 @@ def _patches(x, size: Sequence[int], window: Window):
     pads = window.padding
     if isinstance(pads, str):
         pads = lax.padtype_to_pads(x.shape[1:3], reach, window.strides, pads)
-    x = jnp.pad(x, ((0, 0), *(tuple(pair) for pair in pads), (0, 0)))
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*pair, 0) for pair in pads), (0, 0, 0)))
+    if any(size < needed for size, needed in zip(x.shape[1:3], reach, strict=True)):
+        raise ValueError(
+            f"a window of {tuple(size)} with dilation {window.dilation} does not fit into an input that is "
+            f"{x.shape[1:3]} with padding {window.padding!r}; take a smaller window or pad"
+        )
     ends = [(x.shape[1 + a] - reach[a]) // window.strides[a] * window.strides[a] + 1 for a in range(2)]
     taps = []
     for row, col in product(range(size[0]), range(size[1])):

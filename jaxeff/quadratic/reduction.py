@@ -54,9 +54,9 @@ def reduce(
       costs_of: architecture -> its costs; with residuals where they have a budget. Rows are called
         "<network>/<path>/...", as those of `jaxeff.models.Network` are.
       reference: what fractions refer to, for example `costs_of(first_order).total`.
-      actions: one or several, the first that is possible for the highest RI: "remove"; "revert" (to first order, its norm
-        behind it); "shrink" (to half its width; of a residual block the width inside). What is removed where the shape
-        changes is merged with the next layer or block, which takes over its stride and shortcut.
+      actions: one or several, the first that is possible for the highest RI: "remove"; "revert" (to first order, its
+        norm behind it); "shrink" (to half its width; of a residual block the width inside). What is removed where the
+        shape changes is merged with the next layer or block, which takes over its stride and shortcut.
 
     Returns:
       The architecture with what was done. Give it weights by `transplant`.

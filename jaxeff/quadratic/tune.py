@@ -51,10 +51,7 @@ def _signature(layer, x) -> str | None:
     if len(of_x) < 2:
         return None
     dtype = layer.dtype or jnp.result_type(x.dtype, *(leaf.dtype for leaf in jax.tree.leaves(kernels)))
-    if isinstance(layer, QuadraticConv):
-        window = Window(layer.strides, layer.padding, layer.kernel_dilation, layer.feature_group_count)
-    else:
-        window = Window()
+    window = layer.window if isinstance(layer, QuadraticConv) else Window()
     shapes = [jax.ShapeDtypeStruct(kernels[f"kernel_{name}"].shape, dtype) for name in of_x]
     return autotune.signature(jax.ShapeDtypeStruct(x.shape, dtype), shapes, window)
 

@@ -293,7 +293,10 @@ def test_scores_are_those_of_a_plain_loop_over_layers_and_masks(name):
         (dict(ratio=1.5), "ratio must be in 0..1, got 1.5"),
         (dict(masks=0), "masks and batch_size must be at least 1, got 0"),
         (dict(select="conv9"), "select='conv9' matches no layer"),
-        (dict(labels=np.zeros(3, int)), r"must be \[N, \*\(6, 6, 2\)\] and integers \[N\], .*, 6, 6, 2\) and int32\[3\]"),
+        (
+            dict(labels=np.zeros(3, int)),
+            r"must be \[N, \*\(6, 6, 2\)\] and integers \[N\], .*, 6, 6, 2\) and int32\[3\]",
+        ),
         (dict(labels=np.zeros(4)), r"integers \[N\], .* got \(4, 6, 6, 2\) and float32\[4\]"),
         (dict(images=normal(0, 0, 6, 6, 2), labels=np.zeros(0, int)), r"N at least 1, got \(0, 6, 6, 2\)"),
     ],

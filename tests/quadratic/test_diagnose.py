@@ -275,6 +275,17 @@ def test_what_a_layer_keeps_is_what_its_compiled_stack_grows_by(save, branch_nor
     assert memory.compiled_slope(layer, x, (2, 4)) == pytest.approx(kept, rel=0.1)
 
 
+def traced_bytes(layer, x):
+    """What plain tracing of the layer's gradient finds that it keeps."""
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+
+    def loss(params, rest, x):
+        return layer.apply({"params": params, **rest}, x, True, mutable=list(rest))[0].sum()
+
+    return costs.analyze(loss, variables["params"], rest, x).total.residual_bytes
+
+
 @pytest.mark.parametrize("branch_norm", [None, "batch"])
 @pytest.mark.parametrize(
     "kind",
@@ -283,14 +294,16 @@ def test_what_a_layer_keeps_is_what_its_compiled_stack_grows_by(save, branch_nor
 def test_what_layers_of_other_kinds_keep_is_what_their_trace_keeps(kind, branch_norm):
     layer = quadratic.QuadraticConv(4, kind=kind, branch_norm=branch_norm, out_norm="batch", act="relu")
     x = jax.ShapeDtypeStruct((8, 6, 6, 4), jnp.float32)
-    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
-    rest = {name: tree for name, tree in variables.items() if name != "params"}
+    assert memory.residual_bytes(layer, x) == pytest.approx(traced_bytes(layer, x), rel=0.02)
 
-    def loss(params, rest, x):
-        return layer.apply({"params": params, **rest}, x, True, mutable=list(rest))[0].sum()
 
-    traced = costs.analyze(loss, variables["params"], rest, x).total.residual_bytes
-    assert memory.residual_bytes(layer, x) == pytest.approx(traced, rel=0.02)
+@pytest.mark.parametrize(("branch_norm", "out_norm"), [("batch", "batch"), ("layer", "rms"), (None, None)])
+@pytest.mark.parametrize("save", ["all", "ab", "x"])
+def test_what_a_layer_keeps_in_bfloat16_is_what_its_trace_keeps(save, branch_norm, out_norm):
+    settings = dict(branch_norm=branch_norm, out_norm=out_norm, act="relu", save=save)
+    layer = quadratic.QuadraticConv(16, dtype=jnp.bfloat16, **settings)
+    x = jax.ShapeDtypeStruct((8, 6, 6, 8), jnp.bfloat16)
+    assert memory.residual_bytes(layer, x) == pytest.approx(traced_bytes(layer, x), rel=0.02)
 
 
 @pytest.mark.parametrize("save", ["all", "ab", "x"])

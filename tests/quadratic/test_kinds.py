@@ -9,7 +9,9 @@ from jax import numpy as jnp
 
 from jaxeff import quadratic
 from jaxeff.models import Network, cnn
+from jaxeff.ops import Moments
 from jaxeff.quadratic import KINDS, Kind, Projection, conv, cost, dense, get, kinds, register
+from jaxeff.quadratic.kinds import Extra
 from jaxeff.spec import quadratize
 
 WINDOWS = {
@@ -405,10 +407,54 @@ def test_kinds_that_cannot_be_registered(own_registry):
             register(Kind("bad", "", tuple(map(Projection, names)), lambda a: a, ""))
 
 
+def linear(*projections, **options):
+    return Kind("bad", "", projections, lambda *values, **extras: sum(values), "", **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (linear(Projection("a", "cube")), "'a' must be of one of 'x', 'square', .* got of='cube', rank=1"),
+        (linear(Projection("a", rank=0)), "have a rank of at least 1, got of='x', rank=0"),
+        (linear(Projection("a"), Projection("b", rank=2, kernel="a")), "'b' cannot share the kernel of 'a', .* rank 2"),
+        (linear(Projection("a"), Projection("b", "pairs", kernel="a")), "'b' cannot share the kernel of 'a'"),
+        (linear(Projection("out")), r"\['out'\] would be taken for other parameters .*norm_out"),
+        (
+            linear(
+                Projection("a"), extras=(Extra("norm_b", lambda neurons, groups: (neurons,), jax.nn.initializers.ones),)
+            ),
+            r"\['norm_b'\] would be taken for other parameters",
+        ),
+        (
+            linear(
+                Projection("a"),
+                extras=(Extra("scale", lambda neurons, groups: (neurons,), jax.nn.initializers.ones),),
+                slopes=lambda a: (1.0,),
+            ),
+            "slopes are for kinds without extras",
+        ),
+    ],
+    ids=["of", "rank", "shared rank", "shared pairs", "out", "extra", "slopes"],
+)
+def test_kinds_that_cannot_work_are_refused_when_registered(own_registry, kind, message):
+    with pytest.raises(ValueError, match=f"kind 'bad': .*{message}"):
+        register(kind)
+
+
+def test_too_few_slopes_are_an_error(own_registry):
+    register(linear(Projection("a"), Projection("b"), slopes=lambda a, b: (1.0,)))
+    params = {f"kernel_{p}": np.ones((3, 2), np.float32) for p in "ab"}
+    with pytest.raises(ValueError, match="kind 'bad': 1 slopes of 2 projections"):
+        jax.grad(lambda x: dense(params, x, kind="bad").sum())(np.ones((1, 3), np.float32))
+
+
 def test_unknown_kinds_are_an_error_that_lists_the_known():
     for call in (lambda: dense({}, np.ones((1, 2)), kind="t9"), lambda: kinds.get("t9")):
         with pytest.raises(ValueError, match="unknown kind 't9'; known: first_order, .*quadralib, .*ncp.*register"):
             call()
+    for kind in (None, kinds.get("t4")):
+        with pytest.raises(ValueError, match="kind must be the name of one, such as 'quadralib', got"):
+            dense({}, np.ones((1, 2)), kind=kind)
 
 
 @pytest.mark.parametrize(
@@ -424,6 +470,78 @@ def test_missing_and_unknown_parameters_are_an_error_that_names_them(drop, add, 
     params.pop(drop, None)
     with pytest.raises(ValueError, match=message):
         dense(params, normal(0, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"kernel_b": (3, 3, 2, 2)},
+            r"expected shapes \{'kernel_b': \(3, 3, 2, 4\)\}, got \{'kernel_b': \(3, 3, 2, 2\)\}",
+        ),
+        ({"kernel_c": (1, 1, 2, 4)}, r"'kernel_c': \(3, 3, 2, 4\)"),
+        ({"bias_a": (1,)}, r"\{'bias_a': \(4,\)\}"),
+        ({"kernel_a": (3, 3, 5, 4)}, r"4 input channels in 2 groups: expected shapes \{'kernel_a': \(3, 3, 2, 4\)"),
+    ],
+)
+def test_parameters_that_do_not_fit_each_other_are_an_error_with_their_shapes(change, message):
+    params = weights("quadralib", 3, 3, 2, features=4, groups=2)
+    params |= {name: np.ones(shape, np.float32) for name, shape in change.items()}
+    with pytest.raises(ValueError, match=message):
+        conv(params, normal(0, 1, 5, 5, 4), groups=2)
+
+
+def test_norms_need_their_parameters_and_statistics():
+    params, x, norm = weights("t4", 3, features=2), normal(0, 4, 3), {"scale": np.ones(2), "bias": np.ones(2)}
+    given = params | {"norm_a": norm, "norm_c": norm}
+    with pytest.raises(ValueError, match=r"missing \['norm_b', 'norm_out'\], unexpected \['norm_c'\]"):
+        quadratic.dense_block(given, x, kind="t4", branch_norm="batch", out_norm="layer")
+    given, statistics = params | {"norm_a": norm, "norm_b": norm}, {"a": Moments(np.zeros(2), np.ones(2))}
+    with pytest.raises(ValueError, match=r"statistics have no moments of \['b'\]"):
+        quadratic.dense_block(given, x, statistics, kind="t4", branch_norm="batch")
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        (dict(strides=2, padding=1), dict(strides=(2, 2), padding=((1, 1), (1, 1)))),
+        (dict(dilation=2, padding=(2, 1)), dict(dilation=(2, 2), padding=((2, 2), (1, 1)))),
+    ],
+)
+def test_one_number_stands_for_both_axes(given, same):
+    params, x = weights("t4", 3, 3, 1), normal(0, 2, 6, 7, 1)
+    np.testing.assert_array_equal(conv(params, x, kind="t4", **given), conv(params, x, kind="t4", **same))
+    layer, full = ({"kernel_dilation" if k == "dilation" else k: v for k, v in s.items()} for s in (given, same))
+    y = quadratic.QuadraticConv(6, 3, kind="t4", **layer).apply({"params": params}, x)
+    np.testing.assert_array_equal(y, quadratic.QuadraticConv(6, (3, 3), kind="t4", **full).apply({"params": params}, x))
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        (dict(strides=(1, 1, 1)), r"strides must be a positive integer or two, got \(1, 1, 1\)"),
+        (dict(dilation=0), "dilation must be a positive integer or two, got 0"),
+        (dict(padding="same"), "padding must be one of 'SAME', 'SAME_LOWER', 'VALID' or numbers, got 'same'"),
+        (dict(padding=((1, 2, 3), 1)), r"padding must be an integer, two, two \(low, high\) pairs or a name"),
+    ],
+)
+def test_windows_that_are_none_are_an_error(window, message):
+    with pytest.raises(ValueError, match=message):
+        conv(weights("t4", 3, 3, 1), normal(0, 2, 6, 6, 1), kind="t4", **window)
+
+
+def test_a_window_of_pairs_must_fit_into_the_input():
+    layer = quadratic.QuadraticConv(2, 3, kind="t1", padding="VALID")
+    with pytest.raises(ValueError, match=r"a window of \(3, 3\) .* does not fit into an input that is \(2, 4\)"):
+        layer.init(jax.random.key(0), np.ones((1, 2, 4, 1), np.float32))
+
+
+def test_layers_without_features_are_an_error_that_names_the_layer_of_a_network():
+    with pytest.raises(ValueError, match="features must be at least 1, got 0"):
+        quadratic.QuadraticDense(0).init(jax.random.key(0), np.ones((1, 2), np.float32))
+    net = Network(quadratize(cnn((2,), input_shape=(4, 4, 1)), "emitting(rank=2)"), conv=quadratic.conv_layer)
+    with pytest.raises(ValueError, match="layer 'conv1': kind 'emitting.rank=2.' gives 3 channels per neuron"):
+        net.init(jax.random.key(0), np.ones((1, 4, 4, 1), np.float32))
 
 
 def test_inputs_of_another_rank_are_an_error():
