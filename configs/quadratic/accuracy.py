@@ -5,11 +5,13 @@
 
 Five convolutions of QuadraLib's seven-layer plan at an eighth of its width. With three maps in each neuron, widths
 divided by the square root of three have as many parameters and MACs; the stem and rounding decide which of the two is
-met exactly. Two epochs with the rate, of 0.1, 0.3 and 1, that was best for the first-order network and for the
-quadratic one alike on the last 5,000 training images of Fashion-MNIST (seed 3); there the ReLinear start was better
-than Kaiming's by 0.9 points. All networks keep everything for their backward pass (save="all").
+met exactly. The recipe, two epochs, was chosen on the last 5,000 training images of Fashion-MNIST with one seed: a rate
+of 0.3 for the first-order network (0.1, 0.3 and 1: 88.5, 89.9 and 89.5 %) is better than 1 for the quadratic one too
+(89.6 and 88.9 %), which starts as its first-order twin (from Kaiming's start 88.7 %). All networks keep everything for
+their backward pass (save="all").
 
-TIMES
+A quarter of an hour for Fashion-MNIST on two CPU cores that were not idle; not timed on a GPU yet. Expected there:
+first order 89.7 %, quadratic 89.2 % at both.
 """
 
 from ml_collections import ConfigDict
