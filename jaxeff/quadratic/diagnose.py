@@ -278,8 +278,14 @@ def grad_cam(
       for the class.
 
     Raises:
-      ValueError: as `attention_map`.
+      ValueError: as `attention_map`; for classes that the network does not have.
     """
+    if classes is not None:
+        count = jax.eval_shape(network.apply, variables, images).shape[-1]
+        classes = jnp.asarray(classes)
+        known = not isinstance(classes, jax.core.Tracer)
+        if classes.shape != images.shape[:1] or (known and not bool(jnp.all((0 <= classes) & (classes < count)))):
+            raise ValueError(f"classes must be [{len(images)}] of 0..{count - 1}, got {classes}")
 
     @jax.jit
     def run(variables, images, classes):
@@ -295,7 +301,7 @@ def grad_cam(
         maps = jax.nn.relu(jnp.sum(weights * activation.astype(jnp.float32), -1))
         return jnp.clip(_resized(_unit(maps, maps.max((1, 2))), images), 0, 1)
 
-    return run(variables, images, None if classes is None else jnp.asarray(classes))
+    return run(variables, images, classes)
 
 
 # --- looking inside ---------------------------------------------------------------------------------------------------

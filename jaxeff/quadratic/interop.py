@@ -57,8 +57,8 @@ def from_torch_state_dict(state_dict: Mapping[str, Any], network: nn.Module) -> 
 
     Raises:
       TypeError: if `network` has no architecture.
-      ValueError: listing everything that does not fit at once: missing, extra and wrongly shaped names, parts of the
-        network that such checkpoints cannot hold, and padding that PyTorch computes differently.
+      ValueError: listing everything that does not fit at once: missing and extra names, wrong shapes and dtypes,
+        parts of the network that such checkpoints cannot hold, and padding that PyTorch computes differently.
     """
     architecture = getattr(network, "architecture", None)
     if not isinstance(architecture, spec.Architecture):
@@ -227,6 +227,8 @@ def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint without prefixes and counters."""
     plain: dict[str, Any] = {}
     for key, value in state_dict.items():
+        if key.endswith("num_batches_tracked"):
+            continue
         if not hasattr(value, "shape"):
             raise ValueError(
                 f"state_dict[{key!r}] is a {type(value).__name__}, not an array; if it is a dictionary of them "
@@ -235,8 +237,7 @@ def _plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         name = key.removeprefix("module.")
         if name in plain:
             raise ValueError(f"state_dict has both {name!r} and 'module.{name}'; leave one of them out")
-        if not name.endswith("num_batches_tracked"):
-            plain[name] = value
+        plain[name] = value
     return plain
 
 
@@ -289,6 +290,8 @@ def _misfits(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     for key, shape in shapes.items():
         if key in state and tuple(state[key].shape) != shape:
             problems.append(f"wrong shape: {key} is {tuple(state[key].shape)}, expected {shape}")
+        if key in state and not jnp.issubdtype(state[key].dtype, jnp.floating):
+            problems.append(f"wrong dtype: {key} is {state[key].dtype}, expected floating point (dequantise it first)")
     return problems
 
 

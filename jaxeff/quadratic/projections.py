@@ -15,7 +15,8 @@ from jaxeff.quadratic.kinds import Kind, Projection, weights_of
 
 Impl = Literal["separate", "stacked", "fused", "auto"]
 IMPLS: tuple[str, ...] = ("separate", "stacked", "fused", "auto")
-# 64 MiB of float32: the weights of a full quadratic form grow with the square of the patch.
+# 64 MiB of float32: the weights of a full quadratic form grow with the square of the patch. So does what it computes on
+# the way: symmetric_pairs the products of all pairs for every output position, pairs n numbers for every neuron there.
 MAX_PAIR_WEIGHTS = 2**24
 PAIRS = ("pairs", "symmetric_pairs")
 PADDINGS = ("SAME", "SAME_LOWER", "VALID")

@@ -43,7 +43,7 @@ def groups(params: Any, kind: str | spec.Architecture, only: Collection[str] | N
       "quadratic".
 
     Raises:
-      ValueError: for an unknown kind.
+      ValueError: for an unknown kind, or a name in `only` that no projection or extra has.
     """
     if isinstance(kind, str):
         everywhere = kinds.get(kind)
@@ -54,6 +54,10 @@ def groups(params: Any, kind: str | spec.Architecture, only: Collection[str] | N
         layers = ((path, layer) for path, layer in spec.walk(kind) if isinstance(layer, spec.Conv | spec.Dense))
         # Parameters of the layer at "block/conv1" are called "block/conv1/layer/...".
         homes = {f"{path}/layer": kinds.get(layer.kind) for path, layer in layers}
+
+    there = {part.name for layer in homes.values() for part in layer.parts}
+    if only is not None and not set(only) <= there:
+        raise ValueError(f"only={sorted(only)} must be some of the projections and extras {sorted(there)}")
 
     def group(name, _):
         home, _, parameter = name.rpartition("/")

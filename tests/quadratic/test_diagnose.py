@@ -247,6 +247,13 @@ def test_grad_cam_of_the_last_convolution_weighs_channels_by_the_head(net, chose
     np.testing.assert_allclose(diagnose.grad_cam(module, variables, x, "conv2", given), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("classes", [[0, 1, 5], [-1, 0, 2], 1, [0]])
+def test_classes_that_are_not_there_are_an_error(net, classes):
+    module, variables, x = net
+    with pytest.raises(ValueError, match=r"classes must be \[3\] of 0..4, got"):
+        diagnose.grad_cam(module, variables, x, "conv2", np.array(classes))
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 UNIT = 8 * 8 * 8 * 16 * 4  # bytes of the output of a layer on [8, 8, 8, 16]

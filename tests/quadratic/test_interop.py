@@ -315,6 +315,8 @@ def test_everything_that_does_not_fit_is_listed_at_once(qvgg):
     state["features.4.conv1.weight"] = state["features.4.conv1.weight"][:, :2]
     state["classifier.bias"] = np.zeros(7, np.float32)
     state["features.9.weight"] = state["other"] = np.zeros(3, np.float32)
+    state["features.0.conv1.weight"] = state["features.0.conv1.weight"].astype(np.int8)
+    state["features.0.bn1.num_batches_tracked"] = 7
     with pytest.raises(ValueError) as error:
         from_torch_state_dict(state, network(architecture))
     text = str(error.value)
@@ -322,6 +324,7 @@ def test_everything_that_does_not_fit_is_listed_at_once(qvgg):
     assert "extra: features.9.weight, other\n" in text
     assert "wrong shape: features.4.conv1.weight is (6, 2, 3, 3), expected (6, 4, 3, 3)" in text
     assert "wrong shape: classifier.bias is (7,), expected (5,)" in text
+    assert "wrong dtype: features.0.conv1.weight is int8, expected floating point" in text
 
 
 def test_biases_that_only_one_side_has_are_explained(qvgg):

@@ -136,6 +136,8 @@ def test_settings_that_cannot_be_are_an_error():
         relinear.restrain({}, shrink=1.5)
     with pytest.raises(ValueError, match="unknown kind 't9'"):
         relinear.groups({"kernel_a": X}, "t9")
+    with pytest.raises(ValueError, match=r"only=\['z'\] must be some of the projections and extras \['a', 'b'\]"):
+        relinear.groups({"kernel_a": X}, "t4", only="z")
     tx = relinear.restrain({"kernel_a": "quadratic"}, shrink=0.5)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update({"kernel_a": X}, tx.init({"kernel_a": X}))
