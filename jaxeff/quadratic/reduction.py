@@ -4,6 +4,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from jaxeff import costs, spec
@@ -70,15 +71,16 @@ def reduce(
         raise ValueError(f"scores are of layers that {architecture.name!r} does not have: {', '.join(unknown)}")
     limits = _limits(budget, reference)
 
-    def by_ri(units, report):
+    def by_ri(units, report, possible):
         def rank(unit):
             params_share, macs_share = shares(report, unit.paths)
             share = params_share * macs_share
             return ri(share, sum(drops.get(path, 0.0) for path in unit.paths)), share
 
-        return sorted(units, key=rank, reverse=True)
+        ranked = sorted(units, key=rank, reverse=True)
+        return next((step for unit in ranked for step in possible(unit)), None)
 
-    found = _taken_away(architecture, drops, costs_of, limits, actions, by_ri, lambda steps: next(steps, None))
+    found = _taken_away(architecture, drops, costs_of, limits, actions, by_ri)
     if _fits(found.cost, limits):
         return found
     return smallest(architecture, budget, costs_of, reference=reference, actions=actions, layers=drops)
@@ -109,13 +111,27 @@ def smallest(
         layers = [path for path, layer in weighted_layers(architecture) if layer.role == "body"]
     limits = _limits(budget, reference)
 
-    def cost(step):
-        return sum(getattr(step[-1].total, name) / max(limit, 1) for name, limit in limits.items())
+    saved: dict[tuple[str, ...], float] = {}
 
-    def cheapest(steps):
-        return min(steps, key=cost, default=None)
+    def most_saving(units, report, possible):
+        def saving(step):
+            return sum(
+                (getattr(report.total, name) - getattr(step[-1].total, name)) / max(limit, 1)
+                for name, limit in limits.items()
+            )
 
-    found = _taken_away(architecture, layers, costs_of, limits, actions, lambda units, report: units, cheapest)
+        best, most = None, -math.inf
+        for unit in sorted(units, key=lambda unit: saved.get(unit.names, math.inf), reverse=True):
+            # Counting costs seconds, and what a unit saves hardly grows when others go.
+            if best is not None and most >= saved.get(unit.names, math.inf):
+                break
+            step = max(possible(unit), key=saving, default=None)
+            saved[unit.names] = -math.inf if step is None else saving(step)
+            if step is not None and saved[unit.names] > most:
+                best, most = step, saved[unit.names]
+        return best
+
+    found = _taken_away(architecture, layers, costs_of, limits, actions, most_saving)
     if not _fits(found.cost, limits):
         reached = ", ".join(f"{name} {getattr(found.cost, name):,} (budget {limits[name]:,})" for name in limits)
         raise ValueError(
@@ -125,8 +141,8 @@ def smallest(
     return found
 
 
-def _taken_away(architecture, layers, costs_of, limits, actions, order, choose) -> Reduction:
-    """Does what `choose` chooses of what is possible, units in `order`, until it fits or nothing is possible."""
+def _taken_away(architecture, layers, costs_of, limits, actions, choose) -> Reduction:
+    """Does what `choose` chooses of what is possible with the units until it fits or nothing is possible."""
     actions = (actions,) if isinstance(actions, str) else tuple(actions)
     if not actions or not set(actions) <= set(ACTIONS):
         raise ValueError(f"actions must be some of {', '.join(map(repr, ACTIONS))}, got {actions}")
@@ -135,8 +151,8 @@ def _taken_away(architecture, layers, costs_of, limits, actions, order, choose) 
         raise ValueError("budget has residual_bytes, but costs_of does not count them; analyze with residuals=True")
     done: list[tuple[str, str, costs.LayerCost]] = []
     while not _fits(report.total, limits):
-        units = order(_units(architecture, layers), report)
-        step = choose(_possible(architecture, units, report, costs_of, limits, actions))
+        possible = partial(_possible, architecture, report, costs_of, limits, actions)
+        step = choose(_units(architecture, layers), report, possible)
         if step is None:
             break
         action, name, architecture, report = step
@@ -145,16 +161,15 @@ def _taken_away(architecture, layers, costs_of, limits, actions, order, choose) 
 
 
 def _possible(
-    architecture, units, report, costs_of, limits, actions
+    architecture, report, costs_of, limits, actions, unit
 ) -> Iterator[tuple[str, str, Architecture, costs.CostReport]]:
-    """Yields what can be done without a cost that rises: action, name, architecture and costs after it."""
-    for unit in units:
-        for action in actions:
-            if (smaller := ACTIONS[action](architecture, unit)) is None:
-                continue
-            after = costs_of(smaller)
-            if all(getattr(after.total, name) <= getattr(report.total, name) for name in limits):
-                yield action, unit.names[-1], smaller, after
+    """Yields what can be done with a unit without a cost that rises: action, name, architecture and costs after it."""
+    for action in actions:
+        if (smaller := ACTIONS[action](architecture, unit)) is None:
+            continue
+        after = costs_of(smaller)
+        if all(getattr(after.total, name) <= getattr(report.total, name) for name in limits):
+            yield action, unit.names[-1], smaller, after
 
 
 def _fits(cost: costs.LayerCost, limits: Mapping[str, int]) -> bool:
