@@ -13,7 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from jaxeff import data, training
+from configs.quadratic import accuracy
+from jaxeff import costs, data, training
 from launch import classifier, train
 
 SMOKE = "configs/quickstart.py:smoke"
@@ -191,6 +192,34 @@ def test_every_experiment_has_a_smoke_form_that_runs(finished_job, tmp_path, nam
     result = finished_job("train", f"configs/quadratic/{name}.py:smoke", tmp_path / name, env=env)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / name / "summary.json").read_text())["networks"]
+
+
+@pytest.mark.parametrize(
+    ("study", "image", "equal"),
+    [
+        ("fashion_mnist", (28, 28, 1), {"quadratic_equal_parameters": ("params",), "quadratic_equal_macs": ("macs",)}),
+        ("cifar10", (32, 32, 3), {"quadratic_equal_parameters": ("params",), "quadratic_equal_macs": ("macs",)}),
+        ("resnet", (32, 32, 3), {"quadratic": ("params", "macs")}),
+        ("mobilenet", (32, 32, 3), {"quadratic": ("params", "macs")}),
+    ],
+)
+def test_the_networks_of_the_accuracy_study_cost_the_same(study, image, equal):
+    info = data.DatasetInfo(task="classification", num_classes=10)
+    images = data.Dataset("images", "train", {"image": np.zeros((2, *image), np.uint8)}, info)
+    networks = accuracy.get_config(study).networks
+
+    def counted(module):
+        x = jax.ShapeDtypeStruct((1, *image), np.float32)
+        variables = jax.eval_shape(module.init, jax.random.key(0), x)
+        rest = {"batch_stats": variables["batch_stats"]}
+        args = variables["params"], rest, x
+        return costs.analyze(lambda p, rest, x: module.apply({"params": p, **rest}, x), *args, residuals=False).total
+
+    total = {name: counted(classifier.network(section, images)) for name, section in networks.items()}
+    for name, counts in equal.items():
+        for count in counts:
+            ratio = getattr(total[name], count) / getattr(total["first_order"], count)
+            assert ratio == pytest.approx(1, abs=0.04)
 
 
 def test_a_batch_must_divide_by_the_devices():
