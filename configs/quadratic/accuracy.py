@@ -7,7 +7,7 @@ With ":resnet" and ":mobilenet" in the place of the data set: QResNet-14 and QMo
 first-order peers, at widths that a CPU can train, where parameters and MACs are equal at once. QMobileNet's sixteen
 quadratic layers in a row do not train unless they are restrained: without, the norm of the gradient passes 20 in a
 hundred steps (300 from Kaiming's start), is clipped, and the loss stays at that of guessing; with gamma=0.01 its loss
-after 300 steps is 1.7, the first-order network's 1.6.
+after 300 steps is 1.7, the first-order network's 1.6. Expected of MobileNets: first order 56.7 %, quadratic 51.7 %.
 
 Five convolutions of QuadraLib's seven-layer plan at an eighth of its width. With three maps in each neuron, widths
 divided by the square root of three have as many parameters and MACs; the stem and rounding decide which of the two is

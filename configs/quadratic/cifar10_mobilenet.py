@@ -4,7 +4,9 @@
 
 QuadraLib's plan of eight depthwise-separable blocks; the quadratic network at 0.57 of its width has as many parameters
 as the first-order one. Batch 256, 250 epochs, SGD, cosine from 0.1 to 1e-5, clipping at 0.5
-(github.com/zarekxu/QuadraLib). Meant for a GPU, where it was not timed yet; nor was an epoch on CPU.
+(github.com/zarekxu/QuadraLib). Meant for a GPU, where it was not timed yet; nor was an epoch on CPU. If the loss stays
+at 2.3, as it does at narrow widths with a rate of 0.3 (`accuracy.py:mobilenet`), start quadratic networks as their
+first-order twins and restrain them: initialization="relinear" in their sections and --config.restrain.gamma=0.01.
 """
 
 from ml_collections import ConfigDict
