@@ -318,8 +318,9 @@ def costs_under(config: Mapping[str, Any]) -> Callable[[spec.Architecture], cost
 
 def check_transplant(network: models.Network, target: models.Network) -> None:
     """Raises the error with which `transplant` would refuse to give a network the weights of another."""
+    # Ones, as what is nowhere zero: some layers could only take over biases that are.
     old, new = (
-        jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(initial_of(net), jax.random.key(0)))
+        jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), jax.eval_shape(initial_of(net), jax.random.key(0)))
         for net in (network, target)
     )
     convert.transplant(old, network.architecture, new, target.architecture)

@@ -7,12 +7,12 @@ after 2000 steps, one run with seed 0: Frechet distance 2.39 for first order, 2.
 first-order discriminator, 7.86 for both quadratic, 0.02 for training images. The distances are on the features of a
 classifier trained in the same job, so they do not compare with published FIDs.
 
-A quadratic generator does as well as a first-order one; a quadratic discriminator is worse here: with it the distance
-is ahead at step 400 (8.05 against 9.42), best at step 800 (6.82) and then rises, while the discriminator's loss stays
-at half that of the first-order one. A spectral norm on every projection does not bound the slope of their product; the
-distance of `quadratic_rms`, whose discriminator has bounded projections, falls steadily but slowly (16.8 at step 400,
-11.7 at 1200) to 7.87, where it is falling still. The learning rate and the number of discriminator steps were chosen on
-the first-order networks.
+In these runs a quadratic generator does as well as a first-order one and a quadratic discriminator is worse: with it
+the distance is ahead at step 400 (8.05 against 9.42), best at step 800 (6.82) and then rises, while the discriminator's
+loss stays at half that of the first-order one. A spectral norm on every projection does not bound the slope of their
+product; the distance of `quadratic_rms`, whose discriminator has bounded projections, falls steadily but slowly (16.8
+at step 400, 11.7 at 1200) to 7.87, where it is falling still. The learning rate and the number of discriminator steps
+were chosen on the first-order networks.
 """
 
 from ml_collections import ConfigDict

@@ -169,7 +169,7 @@ def _weighted(layer, net: _Settings, x, train):
     try:
         x = module(x, train)
     except ValueError as error:
-        raise ValueError(f"layer {'/'.join(module.path[:-1])!r}: {error}") from error
+        raise ValueError(f"layer {'/'.join(getattr(module, 'path', (layer.name, ''))[:-1])!r}: {error}") from error
     if getattr(module, "out_norm", None) is None and getattr(module, "act", None) is None:
         norm = Norm(layer.norm, axis_name=net.axis_name, dtype=net.dtype, param_dtype=net.param_dtype, name="norm")
         x = activation(layer.act)(norm(x, train))

@@ -202,7 +202,9 @@ def _backward(form, piece_bytes, params, x, used, zs, g, fixed):
     # Shared statistics are equal on all devices; their gradients are not before they are added up here.
     used = compat.vary(used, varying)
     kernels = {name: value for name, value in params.items() if name.startswith("kernel_")}
+    # Wide, as their gradients are sums over all pieces and of terms that cancel.
     small = {name: value for name, value in params.items() if name not in kernels}
+    small = jax.tree.map(lambda leaf: leaf.astype(_wide(leaf)), small)
     branch = {p.name: used[p.name] for p in form.kind.projections} if form.branch_norm == "batch" else None
     out = used.get(OUT)
     of_branch, of_out = branch is not None and not fixed, out is not None and not fixed
@@ -249,9 +251,12 @@ def _backward(form, piece_bytes, params, x, used, zs, g, fixed):
         more, dzs = pull_combined(of_y(y, g, by_out))
         if branch is not None and of_branch:
             dzs = tuple(
-                (dz + _through_moments(z + small.get(f"bias_{p.name}", 0), branch[p.name], by_branch[p.name])).astype(
-                    z.dtype
-                )
+                (
+                    dz
+                    + _through_moments(
+                        z.astype(_wide(z)) + small.get(f"bias_{p.name}", 0), branch[p.name], by_branch[p.name]
+                    )
+                ).astype(z.dtype)
                 for p, z, dz in zip(form.kind.projections, zs, dzs, strict=True)
             )
         by_kernels, dx = pull_project(dzs)

@@ -12,7 +12,7 @@ Letters: N images of H x W pixels, L layers.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -282,10 +282,12 @@ def grad_cam(
     """
     if classes is not None:
         count = jax.eval_shape(network.apply, variables, images).shape[-1]
-        classes = jnp.asarray(classes)
         known = not isinstance(classes, jax.core.Tracer)
-        if classes.shape != images.shape[:1] or (known and not bool(jnp.all((0 <= classes) & (classes < count)))):
-            raise ValueError(f"classes must be [{len(images)}] of 0..{count - 1}, got {classes}")
+        if known:
+            classes = cast(jax.Array, np.asarray(classes))
+        right = classes.shape == images.shape[:1] and jnp.issubdtype(classes.dtype, jnp.integer)
+        if not right or (known and not np.all((0 <= classes) & (classes < count))):
+            raise ValueError(f"classes must be integers [{len(images)}] of 0..{count - 1}, got {classes}")
 
     @jax.jit
     def run(variables, images, classes):

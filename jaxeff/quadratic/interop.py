@@ -290,7 +290,7 @@ def _misfits(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) ->
     for key, shape in shapes.items():
         if key in state and tuple(state[key].shape) != shape:
             problems.append(f"wrong shape: {key} is {tuple(state[key].shape)}, expected {shape}")
-        if key in state and not jnp.issubdtype(state[key].dtype, jnp.floating):
+        if key in state and not jnp.issubdtype(np.asarray(state[key]).dtype, jnp.floating):
             problems.append(f"wrong dtype: {key} is {state[key].dtype}, expected floating point (dequantise it first)")
     return problems
 

@@ -118,9 +118,9 @@ class Kind:
         @combine.defjvp
         def rule(values, tangents):
             y, terms, factors = combine(*values), [], slopes(*values)
-            if len(factors) != len(values):
+            if not isinstance(factors, tuple) or len(factors) != len(values):
                 raise ValueError(
-                    f"kind {self.name!r}: {len(factors)} slopes of {len(values)} projections; give one each"
+                    f"kind {self.name!r}: slopes must be a tuple of {len(values)}, one for each projection"
                 )
             for p, slope, tangent in zip(self.projections, factors, tangents, strict=True):
                 term = slope * tangent
@@ -162,12 +162,6 @@ def register(kind: Kind, *, overwrite: bool = False) -> Kind:
       ValueError: if the name is taken by another kind, names repeat, refer to nothing or are those of other parameters
         of a layer, or slopes are of a form that has none.
     """
-    names = [part.name for part in kind.parts]
-    if not kind.projections or len(set(names)) != len(names):
-        raise ValueError(f"kind {kind.name!r} needs projections with different names, got {names}")
-    own = {p.name for p in kind.projections if p.kernel is None}
-    if missing := sorted({p.kernel for p in kind.projections if p.kernel} - own):
-        raise ValueError(f"kind {kind.name!r} shares the kernels of {missing}, but its own are those of {sorted(own)}")
     _check_parts(kind)
     if kind.name in FAMILIES:
         raise ValueError(f"kind {kind.name!r} would hide the family of that name; choose another name")
@@ -180,12 +174,24 @@ def register(kind: Kind, *, overwrite: bool = False) -> Kind:
 
 
 def _check_parts(kind: Kind) -> None:
-    own = {p.name: p for p in kind.projections}
+    """Raises ValueError if no layer could be made of a kind."""
+    names = [part.name for part in kind.parts]
+    if not kind.projections or len(set(names)) != len(names):
+        raise ValueError(f"kind {kind.name!r} needs projections with different names, got {names}")
+    own = {p.name: p for p in kind.projections if p.kernel is None}
+    if missing := sorted({p.kernel for p in kind.projections if p.kernel} - own.keys()):
+        raise ValueError(f"kind {kind.name!r} shares the kernels of {missing}, but its own are those of {sorted(own)}")
+    if odd := [part.name for part in kind.parts if not part.name.isidentifier()]:
+        raise ValueError(f"kind {kind.name!r}: names must be identifiers, got {odd}")
+    if odd := [part.name for part in kind.parts if part.relinear not in (None, *get_args(Start))]:
+        raise ValueError(f"kind {kind.name!r}: relinear of {odd} must be None or one of {', '.join(get_args(Start))}")
+    if _has_twin(kind) and (odd := [extra.name for extra in kind.extras if extra.relinear is None]):
+        raise ValueError(f"kind {kind.name!r}: its projections start as a first-order twin, so {odd} need relinear too")
     for p in kind.projections:
-        if p.of not in get_args(Of) or p.rank < 1:
+        if p.of not in get_args(Of) or not isinstance(p.rank, int) or p.rank < 1:
             raise ValueError(
                 f"kind {kind.name!r}: projection {p.name!r} must be of one of {', '.join(map(repr, get_args(Of)))} and "
-                f"have a rank of at least 1, got of={p.of!r}, rank={p.rank}"
+                f"have a rank that is an integer from 1, got of={p.of!r}, rank={p.rank}"
             )
         other = own[p.kernel or p.name]
         if p.rank != other.rank or weights_of(p.of, 2) != weights_of(other.of, 2):
@@ -193,12 +199,13 @@ def _check_parts(kind: Kind) -> None:
                 f"kind {kind.name!r}: {p.name!r} cannot share the kernel of {other.name!r}, which has another shape: "
                 f"rank {p.rank} of {p.of!r} and rank {other.rank} of {other.of!r}"
             )
-    taken = [name for name in own if name == "out"]
-    taken += [extra.name for extra in kind.extras if extra.name.startswith(("kernel_", "bias_", "norm_"))]
+    taken = [p.name for p in kind.projections if p.name == "out"]
+    biases = {f"bias_{p.name}" for p in kind.projections}
+    taken += [e.name for e in kind.extras if e.name.startswith(("kernel_", "norm_")) or e.name in biases]
     if taken:
         raise ValueError(
             f"kind {kind.name!r}: {taken} would be taken for other parameters of a layer (norm_out is its output norm, "
-            "and kernel_, bias_ and norm_ begin those of projections); choose other names"
+            "and kernel_ and norm_ begin those of projections); choose other names"
         )
     if kind.slopes is not None and (kind.extras or kind.outputs > 1):
         raise ValueError(f"kind {kind.name!r}: slopes are for kinds without extras and with one output; leave them out")
@@ -234,7 +241,9 @@ def get(name: str) -> Kind:
         kind = FAMILIES[family](**options)
     except TypeError as error:
         raise ValueError(f"kind {name!r}: {error}") from None
-    return dataclasses.replace(kind, name=name)
+    kind = dataclasses.replace(kind, name=name)
+    _check_parts(kind)
+    return kind
 
 
 def cost(kind: Kind | str, inputs: int, features: int, *, groups: int = 1, bias: bool = False) -> NeuronCost:

@@ -189,6 +189,8 @@ class QuadraticConv(_QuadraticLayer):
     @property
     def window(self) -> projections.Window:
         """Kernel size, strides, padding, dilation and groups, each in full."""
+        if self.kernel_size is None:
+            raise ValueError("kernel_size must be a positive integer or two, got None")
         groups = self.feature_group_count
         return projections.window(self.strides, self.padding, self.kernel_dilation, groups, self.kernel_size)
 

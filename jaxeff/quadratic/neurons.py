@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from jaxeff.ops import conv_general_dilated
+from jaxeff.ops import Moments, conv_general_dilated
 from jaxeff.quadratic import backward, kinds, projections
 from jaxeff.quadratic.backward import Form, Save, Statistics
 from jaxeff.quadratic.projections import Impl
@@ -134,13 +135,13 @@ def dense_block(
       ValueError: as `dense`; for an unknown norm or activation, or missing or extra parameters of norms.
     """
     chosen = kinds.get(kind)
-    projections.check_params(chosen, params, x.shape[-1])
-    _check_norms(chosen, params, statistics, surroundings)
+    neurons = projections.check_params(chosen, params, x.shape[-1])
     if impl == "fused":
         form, params = _fused(chosen, params, precision, surroundings)
     else:
         impl = projections.resolved(impl, chosen, params, x, projections.Window())
         form = Form(chosen, projections.dense(chosen, precision, impl), **surroundings)
+    _check_norms(chosen, neurons, params, statistics, surroundings)
     return backward.block(form, params, x, statistics, save=save, piece_bytes=piece_bytes)
 
 
@@ -191,8 +192,7 @@ def conv_block(
             f"groups={groups} must be at least 1 and divide the {x.shape[-1]} input channels and the outputs of every "
             f"projection, {outputs}"
         )
-    projections.check_params(chosen, params, x.shape[-1], groups)
-    _check_norms(chosen, params, statistics, surroundings)
+    neurons = projections.check_params(chosen, params, x.shape[-1], window)
     if impl == "fused":
         pointwise = params[f"kernel_{chosen.projections[0].name}"].shape[:2] == (1, 1)
         unpadded = isinstance(window.padding, str) or all(pair == (0, 0) for pair in window.padding)
@@ -205,24 +205,33 @@ def conv_block(
     else:
         impl = projections.resolved(impl, chosen, params, x, window)
         form = Form(chosen, projections.conv(chosen, window, precision, impl, conv_general_dilated), **surroundings)
+    _check_norms(chosen, neurons, params, statistics, surroundings)
     return backward.block(form, params, x, statistics, save=save, piece_bytes=piece_bytes)
 
 
-def _check_norms(kind, params, statistics, surroundings) -> None:
+def _check_norms(kind, neurons: int, params, statistics, surroundings) -> None:
     """Raises ValueError if there are not the parameters and statistics of the norms, or others."""
-    norms = {p.name: surroundings.get("branch_norm") for p in kind.projections}
-    norms[backward.OUT] = surroundings.get("out_norm")
-    needed = {f"norm_{name}" for name, norm in norms.items() if norm}
-    given = {name for name in params if name.startswith("norm_")}
+    widths = {p.name: neurons * p.rank for p in kind.projections} | {backward.OUT: neurons * kind.outputs}
+    kinds_of = dict.fromkeys(widths, surroundings.get("branch_norm")) | {backward.OUT: surroundings.get("out_norm")}
+    norms = {name: norm for name, norm in kinds_of.items() if norm}
+    needed, given = {f"norm_{name}" for name in norms}, {name for name in params if name.startswith("norm_")}
     if needed != given:
         raise ValueError(
             f"kind {kind.name!r} with branch_norm={surroundings.get('branch_norm')!r} and "
             f"out_norm={surroundings.get('out_norm')!r}: missing {sorted(needed - given)}, unexpected "
             f"{sorted(given - needed)} among the parameters"
         )
-    running = {name for name, norm in norms.items() if norm == "batch"}
-    if statistics is not None and not running <= set(statistics):
-        raise ValueError(f"statistics have no moments of {sorted(running - set(statistics))}; None takes this batch's")
+    for name, norm in norms.items():
+        expected = {part: (widths[name],) for part in (("scale",) if norm == "rms" else ("scale", "bias"))}
+        if (shapes := {part: jnp.shape(value) for part, value in params[f"norm_{name}"].items()}) != expected:
+            raise ValueError(f"norm_{name}: parameters of a {norm!r} norm have shapes {expected}, got {shapes}")
+        if norm == "batch" and statistics is not None:
+            moments = statistics.get(name)
+            if not isinstance(moments, Moments) or {jnp.shape(value) for value in moments} != {(widths[name],)}:
+                raise ValueError(
+                    f"statistics[{name!r}] must be jaxeff.ops.Moments of {widths[name]} channels, got {moments}; "
+                    "statistics=None takes those of this batch"
+                )
 
 
 def _fused(kind, params, precision, surroundings) -> tuple[Form, dict[str, Any]]:

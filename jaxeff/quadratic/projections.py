@@ -1,6 +1,7 @@
 """The linear maps of a layer of neurons: their kernels, and how all of them are computed."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, Literal, NamedTuple
@@ -19,7 +20,6 @@ IMPLS: tuple[str, ...] = ("separate", "stacked", "fused", "auto")
 # the way: symmetric_pairs the products of all pairs for every output position, pairs n numbers for every neuron there.
 MAX_PAIR_WEIGHTS = 2**24
 PAIRS = ("pairs", "symmetric_pairs")
-PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 
 Project = Callable[[Mapping[str, Any], jax.Array], tuple[jax.Array, ...]]
 
@@ -53,7 +53,7 @@ def window(
 
     Args:
       strides, dilation, groups, kernel_size: as in `Window`.
-      padding: "SAME", "SAME_LOWER" or "VALID"; a number of zeros on all four sides; or for each axis a number or
+      padding: a name that the convolution knows; a number of zeros on all four sides; or for each axis a number or
         (low, high).
 
     Raises:
@@ -71,8 +71,6 @@ def window(
         if [len(pair) for pair in pads] != [2, 2] or not all(isinstance(n, int | np.integer) for n in sum(pads, ())):
             raise ValueError(f"padding must be an integer, two, two (low, high) pairs or a name, got {padding!r}")
         padding = pads
-    elif padding not in PADDINGS:
-        raise ValueError(f"padding must be one of {', '.join(map(repr, PADDINGS))} or numbers, got {padding!r}")
     return Window(pairs["strides"], padding, pairs["dilation"], groups, pairs.get("kernel_size"))
 
 
@@ -120,14 +118,17 @@ def fused(kind: Kind, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
-def check_params(kind: Kind, params: Mapping[str, Any], inputs: int, groups: int = 1) -> None:
+def check_params(kind: Kind, params: Mapping[str, Any], inputs: int, window: Window | None = None) -> int:
     """Checks the parameters of a kind; those of norms, called norm_<projection> and norm_out, are left to others.
 
     Args:
       kind: the type of neuron.
       params: kernels, biases and extras by name.
       inputs: I, the channels of the input.
-      groups: channel groups.
+      window: of a convolution; None for a dense layer.
+
+    Returns:
+      M, the number of neurons.
 
     Raises:
       ValueError: naming them, if parameters are missing or there are others, or shapes do not fit each other.
@@ -143,26 +144,29 @@ def check_params(kind: Kind, params: Mapping[str, Any], inputs: int, groups: int
             f"missing {sorted(needed - given)}, unexpected {sorted(given - allowed)}"
         )
     shapes = {name: jnp.shape(params[name]) for name in sorted(given)}
-    first = next(p for p in kind.projections if p.kernel is None)
-    neurons = shapes[f"kernel_{first.name}"][-1] // first.rank
-    linear = [shapes[f"kernel_{p.name}"][:-1] for p in kind.projections if p.kernel is None and p.of not in PAIRS]
-    receptive = linear[0] if linear else ()
-    expected: dict[str, tuple[int, ...]] = {}
+    own = [p for p in kind.projections if p.kernel is None]
+    # What most of them say: so that one wrong kernel is not what the others are measured by.
+    neurons = statistics.mode((shapes[f"kernel_{p.name}"] or (0,))[-1] // p.rank for p in own)
+    groups = 1 if window is None else window.groups
+    receptive: tuple[int, ...] | None = (inputs,)
+    if window is not None:
+        sizes = [shapes[f"kernel_{p.name}"][:-2] for p in own if p.of not in PAIRS]
+        size = window.kernel_size or (statistics.mode(sizes) if sizes else None)
+        receptive = None if size is None else (*size, inputs // groups)
+    expected: dict[str, tuple[int, ...]] = {extra.name: tuple(extra.shape(neurons, groups)) for extra in kind.extras}
     for p in kind.projections:
-        width = neurons * p.rank
-        expected[f"bias_{p.name}"] = (width,)
-        if p.of not in PAIRS:
-            expected[f"kernel_{p.name}"] = (*receptive[:-1], inputs // groups, width)
-        elif receptive:
-            expected[f"kernel_{p.name}"] = (weights_of(p.of, math.prod(receptive)), width)
-        else:  # how large the window is, these kernels do not show
-            expected[f"kernel_{p.name}"] = (shapes.get(f"kernel_{p.name}", (0,))[0], width)
-    expected |= {extra.name: tuple(extra.shape(neurons, groups)) for extra in kind.extras}
+        expected[f"bias_{p.name}"] = (neurons * p.rank,)
+        if receptive is None:  # kernels of pairs alone do not show how large the window is
+            expected[f"kernel_{p.name}"] = (*shapes.get(f"kernel_{p.name}", ())[:-1], neurons * p.rank)
+        else:
+            leading = receptive if p.of not in PAIRS else (weights_of(p.of, math.prod(receptive)),)
+            expected[f"kernel_{p.name}"] = (*leading, neurons * p.rank)
     if wrong := {name: shape for name, shape in shapes.items() if shape != expected[name]}:
         raise ValueError(
             f"kind {kind.name!r} ({kind.formula}), {neurons} neurons with {inputs} input channels in {groups} groups: "
             f"expected shapes { ({name: expected[name] for name in wrong}) }, got {wrong}"
         )
+    return neurons
 
 
 def resolved(impl: Impl, kind: Kind, params: Mapping[str, Any], x: jax.Array, window: Window) -> Impl:

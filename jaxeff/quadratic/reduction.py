@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -97,6 +96,9 @@ def smallest(
 ) -> Reduction:
     """Takes away what saves most until a network fits its budget; says before any training what a budget can be.
 
+    Counting costs takes seconds, and what a unit saves hardly grows when others go: one that saved less when it was
+    last counted than the best does now is not counted again, unless the budget is not met that way.
+
     Args:
       architecture, budget, costs_of, reference, actions: as in `reduce`.
       layers: paths of the layers that may be touched; None for those of role "body", as in `score`.
@@ -122,16 +124,22 @@ def smallest(
 
         best, most = None, -math.inf
         for unit in sorted(units, key=lambda unit: saved.get(unit.names, math.inf), reverse=True):
-            # Counting costs seconds, and what a unit saves hardly grows when others go.
             if best is not None and most >= saved.get(unit.names, math.inf):
                 break
-            step = max(possible(unit), key=saving, default=None)
-            saved[unit.names] = -math.inf if step is None else saving(step)
-            if step is not None and saved[unit.names] > most:
-                best, most = step, saved[unit.names]
+            if (step := max(possible(unit), key=saving, default=None)) is None:
+                continue
+            if saving(step) > most:
+                best, most = step, saving(step)
+            if not exact and saving(step) > 0:
+                saved[unit.names] = saving(step)
         return best
 
+    exact = False
     found = _taken_away(architecture, layers, costs_of, limits, actions, most_saving)
+    if not _fits(found.cost, limits):
+        exact = True
+        saved.clear()
+        found = _taken_away(architecture, layers, costs_of, limits, actions, most_saving)
     if not _fits(found.cost, limits):
         reached = ", ".join(f"{name} {getattr(found.cost, name):,} (budget {limits[name]:,})" for name in limits)
         raise ValueError(
@@ -294,10 +302,11 @@ def _limits(budget: Mapping[str, float], reference: costs.LayerCost | None) -> d
     if not budget or not set(budget) <= set(BUDGETS):
         raise ValueError(f"budget must have some of {', '.join(BUDGETS)}, got {sorted(budget)}")
     limits: dict[str, int] = {}
-    for name, value in budget.items():
-        if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+    for name, given in budget.items():
+        value: Any = given.item() if hasattr(given, "item") else given
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"budget {name} must be a positive number, an integer or a fraction, got {value!r}")
-        if not isinstance(value, numbers.Integral):
+        if not isinstance(value, int):
             if reference is None or getattr(reference, name) is None:
                 raise ValueError(f"budget {name}={value} is a fraction; pass reference= with its {name}, or an integer")
             value = value * getattr(reference, name)

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxeff import spec, trees
@@ -26,14 +27,14 @@ Group = Literal["twin", "quadratic", "quadratic_at_one", "quadratic_at_identity"
 Schedule = Callable[[Any], Any]
 
 
-def groups(params: Any, kind: str | spec.Architecture, only: Collection[str] | None = None) -> Any:
+def groups(params: Any, kind: str | spec.Architecture, only: str | Collection[str] | None = None) -> Any:
     """Says of every parameter what it belongs to.
 
     Args:
       params: parameters of one layer, of a network, or any tree with quadratic layers in it.
       kind: the kind of all its quadratic layers, or the architecture whose network has these parameters.
-      only: projections and extras whose parameters count as quadratic, the others' being "rest"; None for all. So that
-        transformations with paces of their own can be chained.
+      only: one or several projections and extras whose parameters count as quadratic, the others' being "rest"; None
+        for all. So that transformations with paces of their own can be chained.
 
     Returns:
       A tree of the same structure: "twin" for what the first-order twin has as well (weights, bias and branch norm of
@@ -47,15 +48,17 @@ def groups(params: Any, kind: str | spec.Architecture, only: Collection[str] | N
     """
     if isinstance(kind, str):
         everywhere = kinds.get(kind)
-        kernels = {f"kernel_{p.name}" for p in everywhere.projections if p.kernel is None}
+        own = {f"{part}_{p.name}" for p in everywhere.projections for part in ("kernel", "bias")}
         names = (name.rpartition("/") for name in trees.paths(params))
-        homes = {home: everywhere for home, _, name in names if name in kernels}
+        homes = {home: everywhere for home, _, name in names if name in own}
     else:
         layers = ((path, layer) for path, layer in spec.walk(kind) if isinstance(layer, spec.Conv | spec.Dense))
         # Parameters of the layer at "block/conv1" are called "block/conv1/layer/...".
         homes = {f"{path}/layer": kinds.get(layer.kind) for path, layer in layers}
 
-    there = {part.name for layer in homes.values() for part in layer.parts}
+    used = [everywhere] if isinstance(kind, str) else homes.values()
+    there = {part.name for layer in used for part in layer.parts}
+    only = {only} if isinstance(only, str) else only
     if only is not None and not set(only) <= there:
         raise ValueError(f"only={sorted(only)} must be some of the projections and extras {sorted(there)}")
 
@@ -100,11 +103,11 @@ def restrain(
     Raises:
       ValueError: for a negative gamma, or a shrink outside of [0, 1].
     """
-    if _known(gamma) and not gamma >= 0:
+    if _known(gamma) and not np.asarray(gamma) >= 0:
         raise ValueError(f"gamma must be at least 0 (0 freezes the quadratic parameters), got {gamma}")
-    if _known(shrink) and not 0 <= shrink <= 1:
+    if _known(shrink) and not 0 <= np.asarray(shrink) <= 1:
         raise ValueError(f"shrink must be in [0, 1] (1 leaves the quadratic parameters as they are), got {shrink}")
-    shrinks = not _known(shrink) or shrink < 1
+    shrinks = not _known(shrink) or np.asarray(shrink) < 1
 
     def init(params):
         return RestrainState(jnp.zeros((), jnp.int32))

@@ -462,6 +462,22 @@ def test_a_budget_that_the_highest_ri_leads_away_from_is_met_all_the_same():
     assert convert.smallest(net, {"params": 500}, costs_of) == result
 
 
+def test_a_budget_that_only_a_later_saving_meets_is_met():
+    # Without conv2 its stride and its inputs pass to conv3, which saves nothing until conv3 is gone.
+    convs = (
+        spec.Conv("conv1", 8, (1, 1), norm="batch", act="relu"),
+        spec.Conv("conv2", 16, strides=(2, 2), norm="batch", act="relu"),
+        spec.Conv("conv3", 8, norm="batch", act="relu"),
+    )
+    layers = (*convs, spec.GlobalPool("mean"), spec.Dense("head", 3))
+    net = convert.quadratize(spec.Architecture("row", (8, 8, 3), layers))
+    least = min(
+        costs_of(spec.remove(net, *names)).total.params
+        for names in (("conv3",), ("conv2", "conv3"), ("conv1", "conv3"))
+    )
+    assert convert.smallest(net, {"params": least}, costs_of).cost.params <= least
+
+
 @pytest.mark.parametrize(
     ("kind", "norm", "branch_norm"),
     [("quadralib", "group", None), ("ccp(order=2)", None, None), ("t4", "batch", None), ("t4", None, "batch")],

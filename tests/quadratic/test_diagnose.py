@@ -247,10 +247,17 @@ def test_grad_cam_of_the_last_convolution_weighs_channels_by_the_head(net, chose
     np.testing.assert_allclose(diagnose.grad_cam(module, variables, x, "conv2", given), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("classes", [[0, 1, 5], [-1, 0, 2], 1, [0]])
+def test_grad_cam_is_traced_with_known_classes(net):
+    module, variables, x = net
+    known = jnp.array([4, 0, 2])
+    inside = jax.jit(lambda x: diagnose.grad_cam(module, variables, x, "conv2", known))(x)
+    np.testing.assert_allclose(inside, diagnose.grad_cam(module, variables, x, "conv2", known), atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [[0, 1, 5], [-1, 0, 2], 1, [0], [0.0, 1.0, 2.0], [0, 1, 2**40]])
 def test_classes_that_are_not_there_are_an_error(net, classes):
     module, variables, x = net
-    with pytest.raises(ValueError, match=r"classes must be \[3\] of 0..4, got"):
+    with pytest.raises(ValueError, match=r"classes must be integers \[3\] of 0..4, got"):
         diagnose.grad_cam(module, variables, x, "conv2", np.array(classes))
 
 

@@ -415,9 +415,11 @@ def linear(*projections, **options):
     ("kind", "message"),
     [
         (linear(Projection("a", "cube")), "'a' must be of one of 'x', 'square', .* got of='cube', rank=1"),
-        (linear(Projection("a", rank=0)), "have a rank of at least 1, got of='x', rank=0"),
+        (linear(Projection("a", rank=0)), "have a rank that is an integer from 1, got of='x', rank=0"),
         (linear(Projection("a"), Projection("b", rank=2, kernel="a")), "'b' cannot share the kernel of 'a', .* rank 2"),
         (linear(Projection("a"), Projection("b", "pairs", kernel="a")), "'b' cannot share the kernel of 'a'"),
+        (linear(Projection("a", relinear="two")), r"relinear of \['a'\] must be None or one of twin, free"),
+        (linear(Projection("a/b")), r"names must be identifiers, got \['a/b'\]"),
         (linear(Projection("out")), r"\['out'\] would be taken for other parameters .*norm_out"),
         (
             linear(
@@ -434,7 +436,7 @@ def linear(*projections, **options):
             "slopes are for kinds without extras",
         ),
     ],
-    ids=["of", "rank", "shared rank", "shared pairs", "out", "extra", "slopes"],
+    ids=["of", "rank", "shared rank", "shared pairs", "relinear", "name", "out", "extra", "slopes"],
 )
 def test_kinds_that_cannot_work_are_refused_when_registered(own_registry, kind, message):
     with pytest.raises(ValueError, match=f"kind 'bad': .*{message}"):
@@ -444,7 +446,7 @@ def test_kinds_that_cannot_work_are_refused_when_registered(own_registry, kind, 
 def test_too_few_slopes_are_an_error(own_registry):
     register(linear(Projection("a"), Projection("b"), slopes=lambda a, b: (1.0,)))
     params = {f"kernel_{p}": np.ones((3, 2), np.float32) for p in "ab"}
-    with pytest.raises(ValueError, match="kind 'bad': 1 slopes of 2 projections"):
+    with pytest.raises(ValueError, match="kind 'bad': slopes must be a tuple of 2"):
         jax.grad(lambda x: dense(params, x, kind="bad").sum())(np.ones((1, 3), np.float32))
 
 
@@ -491,13 +493,55 @@ def test_parameters_that_do_not_fit_each_other_are_an_error_with_their_shapes(ch
         conv(params, normal(0, 1, 5, 5, 4), groups=2)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shapes", "options", "message"),
+    [
+        ("t1", {"kernel_a": (8, 4)}, {}, r"expected shapes \{'kernel_a': \(9, 4\)\}"),
+        (
+            "t1_linear",
+            {"kernel_a": (81, 4), "kernel_c": (3, 3, 1, 4)},
+            {"kernel_size": (1, 9)},
+            r"'kernel_c': \(1, 9, 1, 4",
+        ),
+        ("quadralib", {f"kernel_{p}": (3, 3, 1, 4) for p in "abc"}, {"kernel_size": 5}, r"'kernel_a': \(5, 5, 1, 4\)"),
+        (
+            "quadralib",
+            {"kernel_a": (3, 5), "kernel_b": (3, 4), "kernel_c": (3, 4)},
+            {},
+            r"got \{'kernel_a': \(3, 5\)\}",
+        ),
+        ("t2", {"kernel_a": ()}, {}, r"got \{'kernel_a': \(\)\}"),
+    ],
+)
+def test_kernels_must_fit_the_window_and_the_input(kind, shapes, options, message):
+    params = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        if options:
+            conv(params, normal(0, 1, 9, 9, 1), kind=kind, **options)
+        else:
+            dense(params, normal(0, 2, 3), kind=kind)
+
+
+def test_norms_of_another_width_or_name_are_an_error():
+    params, x = weights("t4", 3, features=2), normal(0, 4, 3)
+    norm = {"scale": np.ones(2), "bias": np.ones(2)}
+    for wrong, message in (
+        ({}, r"norm_out: parameters of a 'layer' norm have shapes .*, got \{\}"),
+        ({"scale": np.ones(1), "bias": np.ones(2)}, r"got \{'scale': \(1,\), 'bias': \(2,\)\}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quadratic.dense_block(params | {"norm_out": wrong}, x, kind="t4", out_norm="layer")
+    with pytest.raises(ValueError, match="norm must be None or one of .*, got 'bach'"):
+        quadratic.dense_block(params | {"norm_out": norm}, x, kind="t4", out_norm="bach")
+
+
 def test_norms_need_their_parameters_and_statistics():
     params, x, norm = weights("t4", 3, features=2), normal(0, 4, 3), {"scale": np.ones(2), "bias": np.ones(2)}
     given = params | {"norm_a": norm, "norm_c": norm}
     with pytest.raises(ValueError, match=r"missing \['norm_b', 'norm_out'\], unexpected \['norm_c'\]"):
         quadratic.dense_block(given, x, kind="t4", branch_norm="batch", out_norm="layer")
     given, statistics = params | {"norm_a": norm, "norm_b": norm}, {"a": Moments(np.zeros(2), np.ones(2))}
-    with pytest.raises(ValueError, match=r"statistics have no moments of \['b'\]"):
+    with pytest.raises(ValueError, match=r"statistics\['b'\] must be jaxeff.ops.Moments of 2 channels, got None"):
         quadratic.dense_block(given, x, statistics, kind="t4", branch_norm="batch")
 
 
@@ -521,7 +565,7 @@ def test_one_number_stands_for_both_axes(given, same):
     [
         (dict(strides=(1, 1, 1)), r"strides must be a positive integer or two, got \(1, 1, 1\)"),
         (dict(dilation=0), "dilation must be a positive integer or two, got 0"),
-        (dict(padding="same"), "padding must be one of 'SAME', 'SAME_LOWER', 'VALID' or numbers, got 'same'"),
+        (dict(padding="some"), "padding must be .* one of SAME, SAME_LOWER, VALID, got 'some'"),
         (dict(padding=((1, 2, 3), 1)), r"padding must be an integer, two, two \(low, high\) pairs or a name"),
     ],
 )

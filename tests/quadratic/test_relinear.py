@@ -126,6 +126,9 @@ def test_restraint_can_be_traced():
         return tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)[0]
 
     np.testing.assert_allclose(step(0.5, 0.9)["kernel_a"], 0.9 * 1.5 - 1, rtol=1e-6)
+    known = jnp.float32(0.5)
+    closed = jax.jit(lambda u: relinear.restrain(labels, gamma=known, shrink=known).init(u))(params)
+    assert closed.step == 0
     np.testing.assert_array_equal(step(0.5, 0.9)["kernel_c"], 1)
 
 
@@ -137,7 +140,7 @@ def test_settings_that_cannot_be_are_an_error():
     with pytest.raises(ValueError, match="unknown kind 't9'"):
         relinear.groups({"kernel_a": X}, "t9")
     with pytest.raises(ValueError, match=r"only=\['z'\] must be some of the projections and extras \['a', 'b'\]"):
-        relinear.groups({"kernel_a": X}, "t4", only="z")
+        relinear.groups({"kernel_a": X}, "t4", only=["z"])
     tx = relinear.restrain({"kernel_a": "quadratic"}, shrink=0.5)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update({"kernel_a": X}, tx.init({"kernel_a": X}))
