@@ -299,6 +299,24 @@ def test_prefixes_of_data_parallel_and_counters_are_left_out():
     jax.tree.map(np.testing.assert_array_equal, from_torch_state_dict(wrapped, net), from_torch_state_dict(state, net))
 
 
+class Tensor:
+    """What PyTorch's tensors are to NumPy: arrays behind `__array__`, with a dtype that NumPy does not know."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, f"torch.{array.dtype}"
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array.astype(dtype or self.array.dtype)
+
+
+def test_tensors_are_taken_as_they_come():
+    state = Checkpoint().vgg(PLAN)
+    state.linear("classifier", 5, 6)
+    net = network(like_torch(models.vgg(PLAN, num_classes=5, input_shape=(4, 4, 3)), state))
+    tensors = {name: Tensor(value) for name, value in state.items()}
+    jax.tree.map(np.testing.assert_array_equal, from_torch_state_dict(tensors, net), from_torch_state_dict(state, net))
+
+
 # --- what does not fit ------------------------------------------------------------------------------------------------
 
 
