@@ -5,13 +5,17 @@ being given other factories, never by a second copy:
 
     conv(layer: spec.Conv, **settings) -> module; module(x, train) -> y
     dense(layer: spec.Dense, **settings) -> module; module(x, train) -> y
-    gate(layer, name) -> module; module(x, train) -> y
+    gate(layer: spec.Conv) -> a factory of modules with lax.conv_general_dilated's signature
+
+A gate stands at the input of a convolution and decides what of it is computed, so it takes the place of
+`lax.conv_general_dilated` in the layer's module, as `conv_general_dilated_cls` of Linen's own convolution does.
 
 A layer's norm and activation follow its module, unless that has an `out_norm` or `act` of its own: then it does both
 itself, and can keep less than all of it for the backward pass.
 
-`settings` are `name`, `bias: bool`, `groups: int` (convolutions), `dtype`, `param_dtype` and `axis_name`; a factory
-passes on what its module knows. Parameters are plain nested dictionaries: `params["conv1"]["layer"]["kernel"]`.
+`settings` are `name`, `bias: bool`, `groups: int` (convolutions), `dtype`, `param_dtype` and `axis_name`, and of gated
+layers `conv_general_dilated_cls`, what the gate factory gave; a factory passes on what its module knows. Parameters are
+plain nested dictionaries: `params["conv1"]["layer"]["kernel"]`.
 """
 
 from collections.abc import Callable
@@ -44,7 +48,15 @@ class FirstOrderDense(nn.Dense):
 
 
 def first_order_conv(
-    layer: spec.Conv, *, name: str, bias: bool, groups: int, dtype: Any, param_dtype: Any, axis_name: str | None = None
+    layer: spec.Conv,
+    *,
+    name: str,
+    bias: bool,
+    groups: int,
+    dtype: Any,
+    param_dtype: Any,
+    axis_name: str | None = None,
+    conv_general_dilated_cls: Any = None,
 ):
     """Convolution factory for kind "first_order": Kaiming-normal kernels, `jaxeff.ops` convolution.
 
@@ -63,6 +75,7 @@ def first_order_conv(
         param_dtype=param_dtype,
         kernel_init=nn.initializers.he_normal(),
         conv_general_dilated=conv_general_dilated,
+        conv_general_dilated_cls=conv_general_dilated_cls,
         name=name,
     )
 
@@ -87,7 +100,7 @@ class Network(nn.Module):
       architecture: what to run.
       conv: convolution factory.
       dense: dense factory.
-      gate: gate factory; needed when a layer has a gate.
+      gate: gate factory, for example `jaxeff.dynamic.gate_layer`; needed when a layer has a gate.
       dtype: dtype of activations and of the arithmetic (for example bfloat16); None follows the input.
       param_dtype: dtype of the parameters.
       axis_name: mapped axis over which batch norm shares its statistics.
@@ -99,7 +112,7 @@ class Network(nn.Module):
     architecture: spec.Architecture
     conv: Callable[..., nn.Module] = first_order_conv
     dense: Callable[..., nn.Module] = first_order_dense
-    gate: Callable[..., nn.Module] | None = None
+    gate: Callable[[spec.Conv], Any] | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     axis_name: str | None = None
@@ -122,7 +135,7 @@ class Network(nn.Module):
 class _Settings(NamedTuple):
     conv: Callable[..., nn.Module]
     dense: Callable[..., nn.Module]
-    gate: Callable[..., nn.Module] | None
+    gate: Callable[[spec.Conv], Any] | None
     dtype: Any
     param_dtype: Any
     axis_name: str | None
@@ -160,9 +173,13 @@ def _weighted(layer, net: _Settings, x, train):
     """Runs inside the compact call of a step, so the modules made here belong to that step."""
     if net.dtype is not None:
         x = x.astype(net.dtype)
-    settings = dict(name="layer", dtype=net.dtype, param_dtype=net.param_dtype, axis_name=net.axis_name)
+    settings: dict[str, Any] = dict(name="layer", dtype=net.dtype, param_dtype=net.param_dtype, axis_name=net.axis_name)
     settings["bias"] = _takes_bias(layer) if layer.bias is None else layer.bias
     if isinstance(layer, spec.Conv):
+        if layer.gate is not None:
+            if net.gate is None:
+                raise ValueError(f"layer {layer.name!r} has a gate, but the network has no gate factory: pass gate=")
+            settings["conv_general_dilated_cls"] = net.gate(layer)
         module = net.conv(layer, groups=layer.groups or x.shape[-1], **settings)
     else:
         module = net.dense(layer, **settings)
@@ -173,11 +190,7 @@ def _weighted(layer, net: _Settings, x, train):
     if getattr(module, "out_norm", None) is None and getattr(module, "act", None) is None:
         norm = Norm(layer.norm, axis_name=net.axis_name, dtype=net.dtype, param_dtype=net.param_dtype, name="norm")
         x = activation(layer.act)(norm(x, train))
-    if layer.gate is None:
-        return x
-    if net.gate is None:
-        raise ValueError(f"layer {layer.name!r} has a gate, but the network has no gate factory: pass gate=")
-    return net.gate(layer, name="gate")(x, train)
+    return x
 
 
 def _takes_bias(layer) -> bool:

@@ -1,6 +1,5 @@
 """What each layer of a network is worth: the loss of accuracy when its weights are masked, against what it costs."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,10 +11,8 @@ from jax import lax
 
 from jaxeff import costs, spec
 from jaxeff.costs.report import aligned
-from jaxeff.quadratic.transplant import Variables, copied, node_of, weighted_layers
+from jaxeff.quadratic.transplant import Variables, copied, node_of
 from jaxeff.spec import Architecture
-
-_CHOSEN = object()
 
 
 class LayerScore(NamedTuple):
@@ -111,8 +108,7 @@ def score(
     Raises:
       ValueError: if nothing is selected, or an argument is out of range or does not fit.
     """
-    marked = spec.edit(architecture, lambda layer: dataclasses.replace(layer, gate=_CHOSEN), select)
-    layers = [path for path, layer in weighted_layers(marked) if layer.gate is _CHOSEN]
+    layers = spec.selected(architecture, select)
     check_masking(ratio, masks, batch_size)
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     wrong = images.shape[1:] != tuple(architecture.input_shape) or labels.shape != images.shape[:1]

@@ -176,6 +176,9 @@ class QuadraticConv(_QuadraticLayer):
       kind, use_bias, branch_norm, branch_act, out_norm, act, save, impl, initialization, dtype, param_dtype, precision,
         axis_name: as in `QuadraticDense`.
       conv_general_dilated: the convolution, with lax's signature.
+      conv_general_dilated_cls: a factory of modules of that signature, which takes its place as in `flax.linen.Conv`.
+        Where the module has a method `function`, its result is called instead of the module, so that it may run inside
+        custom derivatives.
     """
 
     features: int
@@ -185,6 +188,7 @@ class QuadraticConv(_QuadraticLayer):
     kernel_dilation: int | tuple[int, int] = 1
     feature_group_count: int = 1
     conv_general_dilated: Callable[..., jax.Array] = conv_general_dilated
+    conv_general_dilated_cls: Any = None
 
     @property
     def window(self) -> projections.Window:
@@ -214,8 +218,14 @@ class QuadraticConv(_QuadraticLayer):
             x,
             train,
             **window._asdict(),
-            conv_general_dilated=self.conv_general_dilated,
+            conv_general_dilated=self._convolution(),
         )
+
+    def _convolution(self) -> Callable[..., jax.Array]:
+        if self.conv_general_dilated_cls is None:
+            return self.conv_general_dilated
+        module = self.conv_general_dilated_cls()
+        return module.function() if hasattr(module, "function") else module
 
 
 def conv_layer(

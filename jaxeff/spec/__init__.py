@@ -29,7 +29,7 @@ from jaxeff.spec.architecture import (
     shapes,
     walk,
 )
-from jaxeff.spec.edits import Select, edit, gate, group, quadratize, remove, shrink
+from jaxeff.spec.edits import Select, edit, gate, group, quadratize, remove, selected, shrink
 
 __all__ = [
     "DEPTHWISE",
@@ -52,6 +52,7 @@ __all__ = [
     "group",
     "quadratize",
     "remove",
+    "selected",
     "shapes",
     "shrink",
     "walk",

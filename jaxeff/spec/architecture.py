@@ -12,7 +12,7 @@ DEPTHWISE = 0
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """A 2D convolution with what follows it: norm, activation, gate.
+    """A 2D convolution with what follows it, norm and activation, and what may stand before it, a gate.
 
     Attributes:
       name: unique among its siblings.
@@ -28,7 +28,8 @@ class Conv:
       bias: whether the projections have a bias; None means only where no norm follows them directly: neither
         `branch_norm` nor, in a first-order layer, `norm` (between a quadratic neuron's projections and `norm` stands
         their product, which needs the biases).
-      gate: settings of a gate on the output, read by the gate factory; None for no gate.
+      gate: settings of a gate on the input, which drops some of it for every input anew (`jaxeff.dynamic`); None for no
+        gate.
       role: what the layer is for; edits touch "body" layers unless told otherwise.
     """
 
@@ -58,7 +59,6 @@ class Dense:
     norm: str | None = None
     act: str | None = None
     bias: bool | None = None
-    gate: Any = None
     role: Role = "head"
 
 

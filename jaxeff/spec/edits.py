@@ -28,6 +28,20 @@ def edit(architecture: Architecture, change: Callable[[Any], Any], select: Selec
     return _edit(architecture, change, _selector(select), select)
 
 
+def selected(architecture: Architecture, select: Select = None) -> tuple[str, ...]:
+    """Paths of the convolutions and dense layers that `edit` changes with this `select`, in order.
+
+    Raises:
+      ValueError: if nothing is selected.
+    """
+    chosen = _selector(select)
+    layers = [(path, layer) for path, layer in walk(architecture) if isinstance(layer, Conv | Dense)]
+    found = tuple(path for path, layer in layers if chosen(path, layer))
+    if not found:
+        raise _no_match(architecture, select)
+    return found
+
+
 def quadratize(
     architecture: Architecture,
     kind: str = "quadralib",
@@ -40,8 +54,8 @@ def quadratize(
 
 
 def gate(architecture: Architecture, settings: Any, select: Select = None) -> Architecture:
-    """Puts a gate with `settings` on the output of the selected layers; None removes it."""
-    return edit(architecture, lambda layer: dataclasses.replace(layer, gate=settings), select)
+    """Puts a gate with `settings` on the input of the selected convolutions; None removes it."""
+    return _edit(architecture, lambda layer: dataclasses.replace(layer, gate=settings), _convolutions(select), select)
 
 
 def group(architecture: Architecture, groups: int, select: Select) -> Architecture:
@@ -50,12 +64,7 @@ def group(architecture: Architecture, groups: int, select: Select) -> Architectu
     Raises:
       ValueError: if `groups` does not divide the channels of a selected layer, which is named.
     """
-    chosen = _selector(select)
-
-    def convolutions(path, layer):
-        return isinstance(layer, Conv) and chosen(path, layer)
-
-    return _edit(architecture, lambda layer: dataclasses.replace(layer, groups=groups), convolutions, select)
+    return _edit(architecture, lambda layer: dataclasses.replace(layer, groups=groups), _convolutions(select), select)
 
 
 def shrink(architecture: Architecture, widths: float | Mapping[str, int], select: Select = None) -> Architecture:
@@ -132,9 +141,13 @@ def _edit(architecture, change, chosen, select) -> Architecture:
 
     edited = visit(architecture.layers, "")
     if not touched:
-        paths = ", ".join(path for path, layer in walk(architecture) if isinstance(layer, Conv | Dense))
-        raise ValueError(f"select={select!r} matches no layer of {architecture.name!r}; its layers are: {paths}")
+        raise _no_match(architecture, select)
     return dataclasses.replace(architecture, layers=edited)
+
+
+def _no_match(architecture, select) -> ValueError:
+    paths = ", ".join(path for path, layer in walk(architecture) if isinstance(layer, Conv | Dense))
+    return ValueError(f"select={select!r} matches no layer of {architecture.name!r}; its layers are: {paths}")
 
 
 def _selector(select: Select) -> Callable[[str, Any], bool]:
@@ -143,6 +156,11 @@ def _selector(select: Select) -> Callable[[str, Any], bool]:
     if isinstance(select, str):
         return lambda path, layer: fnmatch.fnmatchcase(path, select)
     return select
+
+
+def _convolutions(select: Select) -> Callable[[str, Any], bool]:
+    chosen = _selector(select)
+    return lambda path, layer: isinstance(layer, Conv) and chosen(path, layer)
 
 
 def _with_features(layers, prefix, table) -> tuple[Layer, ...]:

@@ -11,7 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxeff import quadratic, spec
-from jaxeff.models import Network, architecture, cnn, resnet, vgg
+from jaxeff.models import Network, architecture, cnn, first_order_conv, resnet, vgg
 
 KEY = jax.random.key(0)
 # Many small programs, each run once: compiling them is all that takes time.
@@ -184,12 +184,12 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_outside():
 
     class Watch(nn.Module):
         @nn.compact
-        def __call__(self, x, train=False):
-            seen.append(x.dtype)
-            return x
+        def __call__(self, lhs, *args, **kwargs):
+            seen.append(lhs.dtype)
+            return lax.conv_general_dilated(lhs, *args, **kwargs)
 
     gated = spec.gate(TINY_VGG, True, "*")
-    exact, half = Network(TINY_VGG), Network(gated, gate=lambda layer, name: Watch(name=name), dtype=jnp.bfloat16)
+    exact, half = Network(TINY_VGG), Network(gated, gate=lambda layer: Watch, dtype=jnp.bfloat16)
     variables, x = variables_of(exact), normal(9, 2, 6, 5, 2)
     made = jax.eval_shape(half.init, KEY, jax.ShapeDtypeStruct(x.shape, x.dtype))
     assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype("float32")}
@@ -220,24 +220,28 @@ def test_networks_run_over_stacked_parameters():
 
 
 class Halve(nn.Module):
-    """A gate that halves."""
+    """A gate that halves its input."""
 
     @nn.compact
-    def __call__(self, x, train=False):
-        return x / 2
+    def __call__(self, lhs, *args, **kwargs):
+        return lax.conv_general_dilated(lhs / 2, *args, **kwargs)
 
 
-def test_the_gate_factory_is_called_for_gated_layers_with_their_description():
+@pytest.mark.parametrize("conv", [first_order_conv, quadratic.conv_layer])
+def test_the_gate_factory_is_called_for_gated_layers_with_their_description(conv):
     called = []
 
-    def factory(layer, name):
-        called.append((layer.name, layer.gate, name))
-        return Halve(name=name)
+    def factory(layer):
+        called.append((layer.name, layer.gate))
+        return Halve
 
-    plain, gated = Network(TINY_CNN), Network(spec.gate(TINY_CNN, {"ratio": 0.5}, "head"), gate=factory)
+    plain, gated = (
+        Network(TINY_CNN, conv=conv),
+        Network(spec.gate(TINY_CNN, {"ratio": 0.5}, "conv1"), conv, gate=factory),
+    )
     variables, x = variables_of(plain), normal(9, 2, 4, 4, 1)
-    np.testing.assert_allclose(once(gated.apply)(variables, x), once(plain.apply)(variables, x) / 2, rtol=1e-6)
-    assert called == [("head", {"ratio": 0.5}, "gate")]
+    np.testing.assert_allclose(once(gated.apply)(variables, x), once(plain.apply)(variables, x / 2), rtol=1e-5)
+    assert called == [("conv1", {"ratio": 0.5})]
 
 
 def test_a_gate_without_a_factory_is_an_error():

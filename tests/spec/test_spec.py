@@ -22,6 +22,7 @@ from jaxeff.spec import (
     group,
     quadratize,
     remove,
+    selected,
     shapes,
     shrink,
     walk,
@@ -198,11 +199,16 @@ def test_by_default_edits_touch_the_body():
     ],
 )
 def test_selection_by_glob_and_by_predicate(select, touched):
-    assert differing(NET, gate(NET, "settings", select)) == touched
+    assert differing(NET, edit(NET, lambda layer: dataclasses.replace(layer, kind="t4"), select)) == touched
+    assert sorted(selected(NET, select)) == touched
 
 
 def test_a_selection_that_matches_nothing_is_an_error_that_lists_the_layers():
-    for change in (lambda: quadratize(NET, select="stage*"), lambda: group(NET, 2, "stage*")):
+    for change in (
+        lambda: quadratize(NET, select="stage*"),
+        lambda: group(NET, 2, "stage*"),
+        lambda: selected(NET, "stage*"),
+    ):
         with pytest.raises(ValueError, match=r"select='stage\*' matches no layer of 'net'; .*block2/shortcut"):
             change()
 

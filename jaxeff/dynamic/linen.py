@@ -1,0 +1,142 @@
+"""Gates in Flax: as the convolution of a layer, of `jaxeff.models.Network`, or of any network of one's own.
+
+A gate has no parameters. How much it drops stands in its settings, so that engines have static shapes; while a network
+learns, or in a sweep, the ratios may come as variables instead, traced, by masking: collection "ratios", at the path of
+the layer, `{"gate": {"channels": ..., "columns": ...}}`.
+"""
+
+import fnmatch
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax import lax
+
+from jaxeff import spec
+from jaxeff.dynamic import convolution, selection
+from jaxeff.dynamic.settings import DynamicSpec
+from jaxeff.ops import conv_general_dilated
+
+RATIOS = "ratios"
+"""Name of the collection of traced ratios."""
+
+
+class GatedConvolution(nn.Module):
+    """A gated convolution with the signature of `lax.conv_general_dilated`, for `conv_general_dilated_cls` of layers.
+
+        nn.Conv(64, (3, 3), conv_general_dilated_cls=dynamic.gated(DynamicSpec(channels=0.5)))
+
+    Attributes:
+      settings: what is dropped, and the engine. Where the collection "ratios" has variables of this module, they take
+        the place of the settings' ratios for channels and columns, and the engine masks.
+    """
+
+    settings: DynamicSpec
+
+    def function(self) -> Callable[..., jax.Array]:
+        """The convolution as a pure function, with its ratios bound."""
+        if not self.has_variable(RATIOS, "channels"):
+            return functools.partial(_convolve, self.settings, None)
+        ratios: tuple[Any, Any] = (self.get_variable(RATIOS, "channels"), self.get_variable(RATIOS, "columns"))
+        return functools.partial(_convolve, self.settings, ratios)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        """Convolves lhs [N, H, W, C] with rhs [kh, kw, C, O]; arguments as of lax.
+
+        Raises:
+          TypeError, ValueError: as `jaxeff.dynamic.conv`; for other layouts, groups or a dilated input.
+        """
+        return self.function()(*args, **kwargs)
+
+
+def gated(settings: DynamicSpec) -> Callable[[], GatedConvolution]:
+    """What `conv_general_dilated_cls` of a layer takes: a factory of gated convolutions, called "gate" in the layer."""
+    return functools.partial(GatedConvolution, settings, name="gate")
+
+
+def gate_layer(layer: spec.Conv) -> Callable[[], GatedConvolution]:
+    """Gate factory of `jaxeff.models.Network(gate=...)`, for architectures of `jaxeff.dynamic.gate`.
+
+    Raises:
+      TypeError: if the layer's gate is no `DynamicSpec`.
+    """
+    if not isinstance(layer.gate, DynamicSpec):
+        raise TypeError(f"layer {layer.name!r} has the gate {layer.gate!r}; expected a jaxeff.dynamic.DynamicSpec")
+    return gated(layer.gate)
+
+
+class Gated(nn.Module):
+    """A network of one's own with gates before some of its convolutions; its variables stay where they are.
+
+    Attributes:
+      network: any Linen module that uses `nn.Conv`, or other layers with an attribute `conv_general_dilated_cls`.
+      gates: {path or glob of the convolutions that read what is gated, as in "block1/*/conv2": settings}.
+
+    Raises:
+      ValueError: when it is called, for a name that matches no convolution, listing those there are.
+    """
+
+    network: nn.Module
+    gates: Mapping[str, DynamicSpec]
+
+    def setup(self):
+        """Puts the network's variables where its own would be."""
+        nn.share_scope(self, self.network)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the network."""
+        seen: list[str] = []
+        root = len(self.path)
+
+        def intercept(call, call_args, call_kwargs, context):
+            module = context.module
+            if context.method_name != "__call__" or not hasattr(module, "conv_general_dilated_cls"):
+                return call(*call_args, **call_kwargs)
+            path = "/".join(module.path[root:])
+            seen.append(path)
+            settings = next((s for name, s in self.gates.items() if fnmatch.fnmatchcase(path, name)), None)
+            if settings is None or module.conv_general_dilated_cls is not None:
+                return call(*call_args, **call_kwargs)
+            # The same module with another convolution, in the place of the one that was called.
+            gated_module = module.clone(parent=module.scope, conv_general_dilated_cls=gated(settings))
+            try:
+                return gated_module(*call_args, **call_kwargs)
+            except ValueError as error:
+                raise ValueError(f"gate before {path!r}: {error}") from error
+
+        with nn.intercept_methods(intercept):
+            result = self.network(*args, **kwargs)
+        if unused := [name for name in self.gates if not fnmatch.filter(seen, name)]:
+            raise ValueError(f"gates name {unused}, but the convolutions are: {', '.join(seen)}")
+        return result
+
+
+def _convolve(
+    settings, ratios, lhs, rhs, window_strides, padding, lhs_dilation=None, rhs_dilation=None, dimension_numbers=None,
+    feature_group_count=1, batch_group_count=1, precision=None, preferred_element_type=None,
+):  # fmt: skip
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    layout = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
+    if lhs.ndim != 4 or layout != ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)):
+        raise ValueError(f"gates are for 2D convolutions of [N, H, W, C] with [kh, kw, C, O], got {dimension_numbers}")
+    if feature_group_count != 1 or batch_group_count != 1:
+        raise ValueError(
+            f"a gate saves nothing before a grouped convolution (groups={feature_group_count}): each output needs its "
+            "own channels; put it before the dense convolution that follows"
+        )
+    if any(d != 1 for d in lhs_dilation or ()):
+        raise ValueError(f"a gate takes no dilated input, got lhs_dilation={tuple(lhs_dilation)}")
+    if preferred_element_type not in (None, lhs.dtype):
+        raise ValueError(f"a gated convolution gives the dtype of its input, not {preferred_element_type}")
+    dilation = rhs_dilation or (1, 1)
+    if ratios is None:
+        return convolution.conv(
+            lhs, rhs, settings, strides=window_strides, padding=padding, dilation=dilation, precision=precision
+        )
+    masked = selection.masked_by_ratio(lhs, ratios[0], ratios[1], settings)
+    return conv_general_dilated(
+        masked, rhs, window_strides, padding, rhs_dilation=dilation, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""Which of S scored things are kept: exactly k of them, whatever the scores.
+
+Higher scores first, among equal ones lower indices first, NaN last: a NaN in a feature map never selects its channel,
+and exactly k are kept under ties and of dead channels too, which `scores >= kth_score` does not ensure.
+
+Letters: S things, k of them kept.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def keep_count(ratio: float, size: int, step: int = 1) -> int:
+    """How many of `size` things are kept when a share is dropped: at least one, rounded half up.
+
+    Args:
+      ratio: share that is dropped, in [0, 1).
+      size: how many there are.
+      step: the count becomes the nearest multiple of this, at least one step, at most `size`.
+
+    Raises:
+      ValueError: for a ratio outside [0, 1), or a size or step below 1.
+    """
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio is the share that is dropped, in [0, 1), got {ratio}")
+    if size < 1 or step < 1:
+        raise ValueError(f"size and step must be at least 1, got size={size}, step={step}")
+    # What is meant by 0.9 is nine tenths: (1 - 0.9) * 15 is not quite 1.5.
+    wanted = math.floor(round((1 - ratio) * size / step, 9) + 0.5) * step
+    return min(max(wanted, step), size)
+
+
+def top_k_indices(scores: jax.Array, k: int) -> jax.Array:
+    """Indices of the k highest scores, ascending.
+
+    Args:
+      scores: [..., S].
+      k: how many, 1..S.
+
+    Returns:
+      int32 [..., k], without gradient.
+
+    Raises:
+      ValueError: for a k outside 1..S.
+    """
+    if not 1 <= k <= scores.shape[-1]:
+        raise ValueError(f"k must be in 1..{scores.shape[-1]}, the number of scores, got {k}")
+    # Ascending, because neighbours in memory are then read one after the other.
+    return jnp.sort(lax.top_k(_ranked(scores), k)[1], axis=-1)
+
+
+def mask_of(indices: jax.Array, size: int) -> jax.Array:
+    """Mask of the kept: bool [..., size] from indices [..., k]."""
+    return jnp.any(indices[..., None, :] == jnp.arange(size)[:, None], axis=-1)
+
+
+def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
+    """Mask of the k highest scores: bool [..., S] with exactly k True, without gradient.
+
+    Args:
+      scores: [..., S].
+      k: how many; a traced number too, so that a sweep over ratios compiles once.
+    """
+    order = jnp.argsort(-_ranked(scores), axis=-1, stable=True)
+    return jnp.argsort(order, axis=-1) < k
+
+
+def _ranked(scores: jax.Array) -> jax.Array:
+    ordered = jnp.where(scores == 0, 0, scores)  # top_k puts -0.0 below 0.0
+    return lax.stop_gradient(jnp.where(jnp.isnan(scores), -jnp.inf, ordered))

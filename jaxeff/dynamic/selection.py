@@ -1,0 +1,176 @@
+"""From a feature map to what of it is kept.
+
+Letters: N batch, H and W space, C channels, G channel groups, T tiles of positions in row-major order; of each sample
+k_c groups, k_s tiles of the input and k_o tiles of the output are kept.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff.dynamic.attention import channel_attention, column_attention
+from jaxeff.dynamic.engines import Geometry, out_size
+from jaxeff.dynamic.engines.geometry import read_positions
+from jaxeff.dynamic.masks import mask_of, top_k_indices, top_k_mask
+from jaxeff.dynamic.settings import DynamicSpec
+
+
+class Kept(NamedTuple):
+    """Indices of what is kept, ascending; None where everything is.
+
+    Attributes:
+      channels: int32 [N, k_c], of channel groups.
+      columns: int32 [N, k_s], of tiles of the input.
+      outputs: int32 [N, k_o], of tiles of the output.
+    """
+
+    channels: jax.Array | None = None
+    columns: jax.Array | None = None
+    outputs: jax.Array | None = None
+
+
+class Reader(NamedTuple):
+    """The convolution that reads a map, as far as its output positions are concerned."""
+
+    window: Geometry
+    kernel: tuple[int, int]
+
+
+def select(x: jax.Array, settings: DynamicSpec, reader: Reader | None = None) -> Kept:
+    """Ranks the channels and columns of a map, and the outputs of who reads it, and keeps the highest.
+
+    Args:
+      x: [N, H, W, C], floating point.
+      settings: ratios, group size, tile, order and reduction.
+      reader: window of the convolution; needed where `settings.outputs` is not 0.
+
+    Returns:
+      The indices, without gradient; None where the ratio drops nothing.
+
+    Raises:
+      TypeError: if x is not floating point.
+      ValueError: for another rank, or a group size or tile that does not divide.
+    """
+    size, channels = _checked_shape(x)
+    groups, tiles = settings.groups_kept(channels), settings.tiles_kept(size)
+    kept_channels = kept_columns = kept_outputs = None
+    if groups < channels // settings.group_size:
+        kept_channels = top_k_indices(group_scores(x, settings), groups)
+    if settings.order == "channel_first":
+        x = masked(x, Kept(kept_channels), settings)
+    if settings.columns and tiles < size[0] * size[1] // settings.tile**2:
+        kept_columns = top_k_indices(tile_scores(x, settings), tiles)
+    if settings.outputs:
+        if reader is None:
+            raise ValueError("outputs of a convolution are to be dropped, which is not known: pass reader")
+        kept_outputs = _kept_outputs(x, settings, reader)
+    return Kept(kept_channels, kept_columns, kept_outputs)
+
+
+def masked(x: jax.Array, kept: Kept, settings: DynamicSpec) -> jax.Array:
+    """The map with zeros in the place of the channels and columns that are dropped; NaN there becomes zero too."""
+    channels = columns = None
+    if kept.channels is not None:
+        channels = mask_of(kept.channels, x.shape[-1] // settings.group_size)
+    if kept.columns is not None:
+        columns = mask_of(kept.columns, x.shape[1] * x.shape[2] // settings.tile**2)
+    return _masked(x, channels, columns, settings)
+
+
+def masked_outputs(y: jax.Array, kept: Kept, settings: DynamicSpec) -> jax.Array:
+    """The output [N, H', W', O] of a convolution with zeros at the positions that are dropped."""
+    if kept.outputs is None:
+        return y
+    return _masked(y, None, mask_of(kept.outputs, y.shape[1] * y.shape[2] // settings.tile**2), settings)
+
+
+def masked_by_ratio(
+    x: jax.Array, channels: float | jax.Array, columns: float | jax.Array, settings: DynamicSpec
+) -> jax.Array:
+    """The map as `masked` makes it of `select`, for ratios that may be traced: one compilation for all of them.
+
+    Args:
+      x: [N, H, W, C], floating point.
+      channels: share of the channels that is dropped, a number in [0, 1).
+      columns: share of the columns that is dropped, a number in [0, 1).
+      settings: everything but the ratios.
+
+    Returns:
+      [N, H, W, C].
+
+    Raises:
+      TypeError, ValueError: as `select`.
+    """
+    size, width = _checked_shape(x)
+    settings.groups_kept(width)
+    by_channel = top_k_mask(group_scores(x, settings), _traced_count(channels, width // settings.group_size))
+    ranked = _masked(x, by_channel, None, settings) if settings.order == "channel_first" else x
+    by_column = top_k_mask(tile_scores(ranked, settings), _traced_count(columns, size[0] * size[1] // settings.tile**2))
+    return _masked(x, by_channel, by_column, settings)
+
+
+def group_scores(x: jax.Array, settings: DynamicSpec) -> jax.Array:
+    """Attention of every channel group, [N, G]."""
+    return channel_attention(x, settings.reduce).reshape(len(x), -1, settings.group_size).mean(-1)
+
+
+def tile_scores(x: jax.Array, settings: DynamicSpec) -> jax.Array:
+    """Attention of every tile in row-major order, [N, T].
+
+    Raises:
+      ValueError: if the tile does not divide the map.
+    """
+    return _by_tile(column_attention(x, settings.reduce), settings.tile)
+
+
+def _kept_outputs(x, settings, reader: Reader) -> jax.Array:
+    size = (x.shape[1], x.shape[2])
+    out = out_size(reader.window, size, reader.kernel)
+    kept = settings.tiles_kept(out, "outputs")
+    reads = read_positions(reader.window, size, reader.kernel)
+    columns = column_attention(x, settings.reduce).reshape(len(x), -1)
+    # NaN counts as nothing here, or it would take the scores of its neighbours with it.
+    padded = jnp.pad(jnp.nan_to_num(columns, nan=0.0), ((0, 0), (0, 1)))
+    scores = padded[:, reads].mean(1).reshape(len(x), *out)
+    return top_k_indices(_by_tile(scores, settings.tile), kept)
+
+
+def _by_tile(scores, tile):
+    count, height, width = scores.shape
+    if height % tile or width % tile:
+        raise ValueError(f"tile={tile} does not divide the map of {height} x {width} positions")
+    if tile == 1:
+        return scores.reshape(count, -1)
+    return scores.reshape(count, height // tile, tile, width // tile, tile).mean((2, 4)).reshape(count, -1)
+
+
+def _masked(x, channels, columns, settings):
+    if channels is not None:
+        x = jnp.where(jnp.repeat(channels, settings.group_size, axis=1)[:, None, None], x, 0)
+    if columns is not None:
+        t = settings.tile
+        grid = columns.reshape(len(x), x.shape[1] // t, x.shape[2] // t)
+        x = jnp.where(grid.repeat(t, 1).repeat(t, 2)[..., None], x, 0)
+    return x
+
+
+def _traced_count(ratio, size):
+    """`keep_count` of a traced ratio; float32 has seven digits, so what lies that close to a half is rounded up."""
+    return jnp.clip(jnp.floor((1 - jnp.asarray(ratio, jnp.float32)) * size + 0.5 + 1e-4), 1, size)
+
+
+def positions_of(tiles: jax.Array, tile: int, size: tuple[int, int]) -> jax.Array:
+    """Positions in row-major order of the members of tiles: int32 [N, k * tile**2] from [N, k]."""
+    if tile == 1:
+        return tiles
+    numbers = np.arange(size[0] * size[1], dtype=np.int32).reshape(size[0] // tile, tile, size[1] // tile, tile)
+    members = jnp.asarray(numbers.swapaxes(1, 2).reshape(-1, tile**2))
+    return members[tiles].reshape(len(tiles), -1)
+
+
+def _checked_shape(x) -> tuple[tuple[int, int], int]:
+    if x.ndim != 4:
+        raise ValueError(f"a gate works on feature maps [N, H, W, C], got shape {x.shape}")
+    return (x.shape[1], x.shape[2]), x.shape[3]

@@ -1,0 +1,230 @@
+"""Every engine against loops in NumPy in float64, in output and gradient."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxeff import dynamic
+from jaxeff.dynamic import ENGINES, DynamicSpec, engines
+
+FAST = {"xla_backend_optimization_level": 0}
+EXACT = [name for name, engine in ENGINES.items() if engine.exact]
+
+
+def highest(scores, ratio):
+    """Indices of the kept: round half up, lower index first among equals."""
+    count = max(1, int((1 - ratio) * len(scores) + 0.5))
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
+
+
+def tiled(scores, tile, ratio):
+    """Mask of the kept tiles of a map of scores."""
+    corners = list(itertools.product(range(0, scores.shape[0], tile), range(0, scores.shape[1], tile)))
+    kept = highest([scores[h : h + tile, w : w + tile].mean() for h, w in corners], ratio)
+    mask = np.zeros(scores.shape)
+    for h, w in (corners[i] for i in kept):
+        mask[h : h + tile, w : w + tile] = 1
+    return mask
+
+
+def windows(shape, kernel, strides, padding):
+    """(output position, tap, input position) of every product of a convolution of one sample."""
+    if padding == "SAME":
+        outputs = [-(-size // s) for size, s in zip(shape, strides, strict=True)]
+        total = [max((o - 1) * s + k - n, 0) for o, s, k, n in zip(outputs, strides, kernel, shape, strict=True)]
+        low = [t // 2 for t in total]
+    else:
+        low = [pair[0] for pair in padding]
+        outputs = [(n + sum(pair) - k) // s + 1 for n, pair, k, s in zip(shape, padding, kernel, strides, strict=True)]
+    found = []
+    for o in itertools.product(*map(range, outputs)):
+        for tap in itertools.product(*map(range, kernel)):
+            at = tuple(a * s + t - b for a, s, t, b in zip(o, strides, tap, low, strict=True))
+            if all(0 <= a < n for a, n in zip(at, shape, strict=True)):
+                found.append((o, tap, at))
+    return found, tuple(outputs)
+
+
+def gated(x, kernel, spec, strides=(1, 1), padding="SAME"):
+    """Output of the gated convolution, and its gradients for an output gradient of its own values."""
+    x, kernel = x.astype(np.float64), kernel.astype(np.float64)
+    products, size = windows(x.shape[1:3], kernel.shape[:2], strides, padding)
+    y = np.zeros((len(x), *size, kernel.shape[-1]))
+    dx, dk, masks = np.zeros_like(x), np.zeros_like(kernel), []
+    for n, sample in enumerate(x):
+        by_group = sample.mean((0, 1)).reshape(-1, spec.group_size).mean(1)
+        channels = np.zeros(len(by_group))
+        channels[highest(by_group, spec.channels)] = 1
+        mask = np.repeat(channels, spec.group_size) * np.ones_like(sample)
+        if spec.columns:
+            mask = mask * tiled(sample.mean(-1), spec.tile, spec.columns)[..., None]
+        read = np.zeros(size)
+        for o, _, at in products:
+            read[o] += sample[at].mean()
+        outputs = tiled(read, spec.tile, spec.outputs) if spec.outputs else np.ones(size)
+        for o, tap, at in products:
+            y[n][o] += outputs[o] * ((mask * sample)[at] @ kernel[tap])
+        masks.append((mask, outputs))
+    for n, (mask, outputs) in enumerate(masks):
+        for o, tap, at in products:
+            g = outputs[o] * y[n][o]
+            dx[n][at] += mask[at] * (kernel[tap] @ g)
+            dk[tap] += np.outer((mask * x[n])[at], g)
+    return y, dx, dk
+
+
+def check(x, kernel, spec, strides=(1, 1), padding="SAME"):
+    def run(x, kernel):
+        y, pullback = jax.vjp(lambda *a: dynamic.conv(*a, spec, strides=strides, padding=padding), x, kernel)
+        return y, *pullback(y)
+
+    found = jax.jit(run, compiler_options=FAST)(x, kernel)
+    for ours, expected in zip(found, gated(x, kernel, spec, strides, padding), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+def sample(seed, batch, size, channels, features, kernel, levels=None):
+    """Maps after a ReLU, with some dead channels, and a kernel; with `levels`, of so few values that there are ties."""
+    rng = np.random.default_rng(seed)
+    x = np.maximum(rng.normal(size=(batch, *size, channels)), 0)
+    if levels:
+        x = np.round(x * levels / 4) * 4 / levels
+    x[:, :, :, rng.random(channels) < 0.2] = 0
+    return x.astype(np.float32), rng.normal(size=(kernel, kernel, channels, features)).astype(np.float32)
+
+
+def dropped_by(name, ratio):
+    return {axis: ratio for axis in ENGINES[name].saves} or {"channels": ratio, "columns": ratio}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    ("batch", "size", "kernel", "strides", "padding"),
+    [
+        (3, (4, 6), 3, (1, 1), "SAME"),
+        (1, (6, 4), 5, (2, 2), "SAME"),
+        (2, (5, 6), 3, (2, 1), ((0, 1), (2, 0))),
+        (5, (4, 4), 1, (1, 1), "SAME"),
+    ],
+)
+def test_engines_equal_loops(name, batch, size, kernel, strides, padding):
+    x, k = sample(0, batch, size, 8, 5, kernel)
+    check(x, k, DynamicSpec(**dropped_by(name, 0.5), engine=name), strides, padding)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(EXACT),
+    batch=st.integers(1, 9),
+    height=st.integers(1, 5),
+    width=st.integers(1, 5),
+    channels=st.sampled_from([1, 2, 6]),
+    kernel=st.sampled_from([1, 3, 5]),
+    strides=st.sampled_from([(1, 1), (2, 2)]),
+    ratio=st.sampled_from([0.1, 0.5, 0.9]),
+    levels=st.sampled_from([None, 4]),
+    seed=st.integers(0, 99),
+)
+def test_engines_equal_loops_for_any_shape(name, batch, height, width, channels, kernel, strides, ratio, levels, seed):
+    x, k = sample(seed, batch, (height, width), channels, 3, kernel, levels)
+    check(x, k, DynamicSpec(**dropped_by(name, ratio), engine=name), strides)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_groups_and_tiles(name):
+    x, k = sample(1, 3, (4, 8), 8, 4, 3)
+    check(x, k, DynamicSpec(**dropped_by(name, 0.5), group_size=2, tile=2, engine=name))
+    if name in ("output_columns", "output_tiles"):
+        check(x, k, DynamicSpec(outputs=0.5, tile=2, engine=name), strides=(2, 2))
+
+
+@pytest.mark.parametrize("name", ["mask", "channels", "grouped", "columns", "output_tiles"])
+def test_what_an_engine_does_not_save_it_masks(name):
+    x, k = sample(2, 2, (4, 4), 6, 4, 3)
+    check(x, k, DynamicSpec(channels=0.5, columns=0.25, outputs=0.5, engine=name))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_one_thing_kept_and_all_kept(name):
+    x, k = sample(3, 2, (3, 3), 4, 2, 3)
+    for ratio in (0.95, 0.01):
+        check(x, k, DynamicSpec(**dropped_by(name, ratio), engine=name))
+
+
+def test_maps_of_zeros_keep_the_first():
+    x, k = sample(4, 2, (3, 3), 4, 2, 3)
+    for name in EXACT:
+        check(0 * x, k, DynamicSpec(**dropped_by(name, 0.5), engine=name))
+
+
+def test_shared_channels_are_those_of_the_batch():
+    x, k = sample(5, 3, (4, 4), 6, 4, 3)
+    kept = np.zeros(6)
+    kept[highest(x.mean((0, 1, 2)), 0.5)] = 1
+    expected = gated(x * kept.astype(np.float32), k, DynamicSpec())[0]
+    y = dynamic.conv(x, k, DynamicSpec(channels=0.5, engine="shared_channels"))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_width_slices_take_the_first_channels_of_each_sample():
+    x, k = sample(6, 5, (4, 4), 8, 3, 3)
+    widths = np.array([0, 1, 4, 2, 4])
+    window = engines.geometry(x.shape, k.shape)
+    y, pullback = jax.vjp(
+        lambda *a: engines.width_slices(window, 2, *a, jnp.asarray(widths)), *map(jnp.asarray, (x, k))
+    )
+    dx, dk = pullback(y)
+    mask = (np.arange(8) // 2 < widths[:, None]).astype(np.float32)[:, None, None]
+    expected, by_x, by_kernel = gated(x * mask, k, DynamicSpec())
+    for ours, theirs in ((y, expected), (dx, by_x * mask), (dk, by_kernel)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_indices_of_another_gate():
+    x, k = sample(7, 2, (3, 3), 4, 2, 3)
+    kept = dynamic.Kept(channels=jnp.array([[0, 3], [1, 2]]))
+    mask = np.array([[1, 0, 0, 1], [0, 1, 1, 0]], np.float32)[:, None, None]
+    for name in ("mask", "channels", "grouped"):
+        y = dynamic.conv(x, k, DynamicSpec(engine=name), kept=kept)
+        np.testing.assert_allclose(y, gated(x * mask, k, DynamicSpec())[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_engines_in_bfloat16(name):
+    x, k = (jnp.asarray(a, jnp.bfloat16) for a in sample(8, 2, (4, 4), 8, 4, 3))
+    spec = DynamicSpec(**dropped_by(name, 0.5), engine=name)
+    y, expected = dynamic.conv(x, k, spec), gated(np.asarray(x, np.float32), np.asarray(k, np.float32), spec)[0]
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=2e-2 * np.abs(expected).max())
+
+
+def test_nan_in_a_dropped_channel_reaches_no_output():
+    x, k = sample(9, 2, (4, 4), 6, 3, 3)
+    x[:, 1, 2, 4] = np.nan
+    for name in ("mask", "channels", "grouped"):
+        assert np.isfinite(dynamic.conv(x, k, DynamicSpec(channels=0.5, engine=name))).all()
+
+
+def test_bad_input_is_refused():
+    x, k = sample(10, 2, (4, 4), 6, 3, 3)
+    with pytest.raises(TypeError, match="needs floating-point maps, got int32"):
+        dynamic.conv(x.astype(np.int32), k, DynamicSpec(channels=0.5))
+    with pytest.raises(TypeError, match="x is float32, but the kernel float16"):
+        dynamic.conv(x, k.astype(np.float16), DynamicSpec(channels=0.5))
+    with pytest.raises(ValueError, match=r"x must be \[N, H, W, C\] and kernel \[kh, kw, C, O\], got"):
+        dynamic.conv(x, k[:, :, :4], DynamicSpec(channels=0.5))
+    with pytest.raises(ValueError, match="engine must be 'auto' or one of 'mask', .*got 'magic'"):
+        dynamic.conv(x, k, DynamicSpec(channels=0.5, engine="magic"))
+    with pytest.raises(ValueError, match="engine 'columns' leaves out columns, but none are dropped: take another"):
+        dynamic.conv(x, k, DynamicSpec(channels=0.5, engine="columns"))
+    with pytest.raises(ValueError, match="tile=3 does not divide the outputs of 4 x 4 positions"):
+        dynamic.conv(x, k, DynamicSpec(outputs=0.5, tile=3))
+    with pytest.raises(ValueError, match="padding of a gated convolution must not be negative"):
+        dynamic.conv(x, k, DynamicSpec(channels=0.5), padding=((0, -1), (0, 0)))
+    with pytest.raises(ValueError, match="strides and dilation are one number or two, at least 1, got 0"):
+        dynamic.conv(x, k, DynamicSpec(channels=0.5), strides=0)
