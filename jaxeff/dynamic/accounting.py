@@ -35,7 +35,7 @@ def densities(architecture: spec.Architecture) -> dict[str, float]:
     shapes, found = spec.shapes(architecture), {}
     for path, layer in spec.walk(architecture):
         if isinstance(layer, spec.Conv):
-            found[path] = _density(layer.gate, *shapes[path]) if isinstance(layer.gate, DynamicSpec) else 1.0
+            found[path] = density(layer.gate, *shapes[path]) if isinstance(layer.gate, DynamicSpec) else 1.0
     return found
 
 
@@ -69,7 +69,8 @@ def counted_macs(architecture: spec.Architecture, report: costs.CostReport) -> d
     return table
 
 
-def _density(gate: DynamicSpec, shape: tuple[int, ...], out: tuple[int, ...]) -> float:
+def density(gate: DynamicSpec, shape: tuple[int, ...], out: tuple[int, ...]) -> float:
+    """Share of its multiply-accumulates that a gated convolution of an input (H, W, C) does; `out` is (H', W', ...)."""
     height, width, channels = shape
     tiles, outputs = height * width / gate.tile**2, out[0] * out[1] / gate.tile**2
     kept = gate.groups_kept(channels) * gate.group_size / channels

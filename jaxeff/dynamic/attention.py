@@ -8,9 +8,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 Reduce = Literal["mean", "abs_mean", "l2"]
 REDUCES: tuple[str, ...] = ("mean", "abs_mean", "l2")
+
+# On CPU, XLA hands a sum over a map to its threads, and waking them takes longer than the sum: 0.2 ms of 0.05 for one
+# map of 16x16x256. A product with ones is not handed over; for larger batches that no longer matters.
+MAX_PRODUCTS = 8
 
 
 def channel_attention(x: jax.Array, reduce: Reduce = "mean") -> jax.Array:
@@ -27,15 +32,29 @@ def channel_attention(x: jax.Array, reduce: Reduce = "mean") -> jax.Array:
       TypeError: if x is not floating point.
       ValueError: for another rank, or an unknown `reduce`.
     """
-    return _reduced(x, reduce, (1, 2))
+    x = _magnitude(x, reduce)
+    if len(x) <= MAX_PRODUCTS and jax.default_backend() == "cpu":
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        ones = jnp.ones((1, flat.shape[1]), x.dtype)
+        sums = [jnp.matmul(ones, sample, precision=lax.Precision.HIGHEST) for sample in flat]
+        means = jnp.concatenate(sums) / flat.shape[1] if sums else flat.sum(1)
+    else:
+        means = x.mean((1, 2))
+    return jnp.sqrt(means) if reduce == "l2" else means
 
 
 def column_attention(x: jax.Array, reduce: Reduce = "mean") -> jax.Array:
     """Attention of every column: as `channel_attention`, but over the channels; [N, H, W]."""
-    return _reduced(x, reduce, (3,))
+    x = _magnitude(x, reduce)
+    if jax.default_backend() == "cpu":
+        means = jnp.matmul(x, jnp.ones(x.shape[-1], x.dtype), precision=lax.Precision.HIGHEST) / x.shape[-1]
+    else:
+        means = x.mean(3)
+    return jnp.sqrt(means) if reduce == "l2" else means
 
 
-def _reduced(x: jax.Array, reduce: str, axes: tuple[int, ...]) -> jax.Array:
+def _magnitude(x: jax.Array, reduce: str) -> jax.Array:
+    """What the mean is taken of, at least in float32."""
     if reduce not in REDUCES:
         raise ValueError(f"reduce must be one of {', '.join(map(repr, REDUCES))}, got {reduce!r}")
     if x.ndim != 4:
@@ -44,6 +63,4 @@ def _reduced(x: jax.Array, reduce: str, axes: tuple[int, ...]) -> jax.Array:
         raise TypeError(f"attention needs floating-point feature maps, got {x.dtype}; convert and scale them first")
     # Sums over a map in half precision would make neighbouring scores equal.
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if reduce == "mean":
-        return wide.mean(axes)
-    return jnp.abs(wide).mean(axes) if reduce == "abs_mean" else jnp.sqrt(jnp.square(wide).mean(axes))
+    return {"mean": lambda: wide, "abs_mean": lambda: jnp.abs(wide), "l2": lambda: jnp.square(wide)}[reduce]()

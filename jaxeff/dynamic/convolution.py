@@ -5,6 +5,7 @@
 M_in has zeros at the dropped channels and columns of each sample, M_out at the dropped output positions.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jaxeff.dynamic.engines import Geometry
 from jaxeff.dynamic.masks import top_k_indices
 from jaxeff.dynamic.selection import Kept, Reader
 from jaxeff.dynamic.settings import RATIOS, DynamicSpec
+from jaxeff.ops import autotune
 
 
 class Engine(NamedTuple):
@@ -72,26 +74,43 @@ def conv(
     reader = Reader(window, (kernel.shape[0], kernel.shape[1]))
     if kept is None:
         kept = selection.select(x, settings, reader)
-    name = resolved(settings, kept)
+    name = resolved(settings, kept, x, kernel, window)
     engine = ENGINES[name]
     dropped = kept._replace(**dict.fromkeys(engine.saves))
     y = engine.run(window, settings, selection.masked(x, dropped, settings), kernel, kept)
     return selection.masked_outputs(y, dropped, settings)
 
 
-def resolved(settings: DynamicSpec, kept: Kept) -> str:
-    """Name of the engine that runs: `settings.engine`, or for "auto" the one that was measured to be fastest.
+def resolved(settings: DynamicSpec, kept: Kept, x: Any, kernel: Any, window: Geometry) -> str:
+    """Name of the engine that runs: `settings.engine`, or for "auto" what `jaxeff.dynamic.tune` found, else "mask".
 
     Raises:
       ValueError: for an unknown engine, or one that has nothing to save here.
     """
-    name = "mask" if settings.engine == "auto" else settings.engine
+    name: str = settings.engine
+    if name == "auto":
+        name = autotune.lookup(signature(settings, x, kernel, window)) or "mask"
     if name not in ENGINES:
         raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {name!r}")
     missing = [axis for axis in ENGINES[name].saves if getattr(kept, axis) is None]
     if missing and any(getattr(settings, axis) for axis in RATIOS) and not all(getattr(settings, a) for a in missing):
         raise ValueError(f"engine {name!r} leaves out {' and '.join(missing)}, but none are dropped: take another")
     return "mask" if missing else name
+
+
+def candidates(settings: DynamicSpec) -> list[str]:
+    """Names of the exact engines that save something under these settings, and "mask"."""
+    return [
+        name
+        for name, engine in ENGINES.items()
+        if engine.exact and all(getattr(settings, axis) for axis in engine.saves)
+    ]
+
+
+def signature(settings: DynamicSpec, x: Any, kernel: Any, window: Geometry) -> str:
+    """The name of a gated convolution in the table of fastest engines."""
+    drops = dataclasses.replace(settings, engine="auto")
+    return autotune.signature("gated convolution", (x, kernel), tuple(window), drops)
 
 
 def _mask(window, settings, x, kernel, kept):

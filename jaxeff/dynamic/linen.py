@@ -8,7 +8,7 @@ the layer, `{"gate": {"channels": ..., "columns": ...}}`.
 import fnmatch
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,8 +16,8 @@ from jax import lax
 
 from jaxeff import spec
 from jaxeff.dynamic import convolution, selection
+from jaxeff.dynamic.engines import Geometry, convolve, geometry
 from jaxeff.dynamic.settings import DynamicSpec
-from jaxeff.ops import conv_general_dilated
 
 RATIOS = "ratios"
 """Name of the collection of traced ratios."""
@@ -38,9 +38,10 @@ class GatedConvolution(nn.Module):
     def function(self) -> Callable[..., jax.Array]:
         """The convolution as a pure function, with its ratios bound."""
         if not self.has_variable(RATIOS, "channels"):
-            return functools.partial(_convolve, self.settings, None)
-        ratios: tuple[Any, Any] = (self.get_variable(RATIOS, "channels"), self.get_variable(RATIOS, "columns"))
-        return functools.partial(_convolve, self.settings, ratios)
+            ratios: tuple[Any, Any] | None = None
+        else:
+            ratios = (self.get_variable(RATIOS, "channels"), self.get_variable(RATIOS, "columns"))
+        return functools.partial(_convolve, "/".join(self.path[:-1]), self.settings, ratios)
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Convolves lhs [N, H, W, C] with rhs [kh, kw, C, O]; arguments as of lax.
@@ -113,9 +114,47 @@ class Gated(nn.Module):
         return result
 
 
+class GatedCall(NamedTuple):
+    """One gated convolution as a network calls it: everything its speed depends on.
+
+    Attributes:
+      path: of the layer, "conv2/layer".
+      settings: of its gate.
+      x: shape and dtype [N, H, W, C] of what it reads.
+      kernel: shape and dtype [kh, kw, C, O].
+      window: geometry of the convolution.
+    """
+
+    path: str
+    settings: DynamicSpec
+    x: jax.ShapeDtypeStruct
+    kernel: jax.ShapeDtypeStruct
+    window: Geometry
+
+
+def gated_calls(module: nn.Module, x: Any) -> tuple[GatedCall, ...]:
+    """The gated convolutions of a network in the order in which they run, one for each projection of a neuron.
+
+    Args:
+      module: a Linen module, for example `jaxeff.models.Network` or `Gated`.
+      x: an input, an array or `jax.ShapeDtypeStruct`.
+    """
+    calls: list[GatedCall] = []
+    _WATCHED.append(calls)
+    try:
+        jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(x.shape, x.dtype))
+    finally:
+        _WATCHED.remove(calls)
+    return tuple(calls)
+
+
+# Lists that calls are added to while a network is traced for `gated_calls`.
+_WATCHED: list[list[GatedCall]] = []
+
+
 def _convolve(
-    settings, ratios, lhs, rhs, window_strides, padding, lhs_dilation=None, rhs_dilation=None, dimension_numbers=None,
-    feature_group_count=1, batch_group_count=1, precision=None, preferred_element_type=None,
+    path, settings, ratios, lhs, rhs, window_strides, padding, lhs_dilation=None, rhs_dilation=None,
+    dimension_numbers=None, feature_group_count=1, batch_group_count=1, precision=None, preferred_element_type=None,
 ):  # fmt: skip
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     layout = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
@@ -130,13 +169,10 @@ def _convolve(
         raise ValueError(f"a gate takes no dilated input, got lhs_dilation={tuple(lhs_dilation)}")
     if preferred_element_type not in (None, lhs.dtype):
         raise ValueError(f"a gated convolution gives the dtype of its input, not {preferred_element_type}")
-    dilation = rhs_dilation or (1, 1)
-    if ratios is None:
-        return convolution.conv(
-            lhs, rhs, settings, strides=window_strides, padding=padding, dilation=dilation, precision=precision
-        )
-    masked = selection.masked_by_ratio(lhs, ratios[0], ratios[1], settings)
-    return conv_general_dilated(
-        masked, rhs, window_strides, padding, rhs_dilation=dilation, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
-    )  # fmt: skip
+    window = geometry(lhs.shape, rhs.shape, window_strides, padding, rhs_dilation or (1, 1), precision)
+    for calls in _WATCHED:
+        x, kernel = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (lhs, rhs))
+        calls.append(GatedCall(path, settings, x, kernel, window))
+    if ratios is not None:
+        return convolve(window, selection.masked_by_ratio(lhs, ratios[0], ratios[1], settings), rhs)
+    return convolution.conv(lhs, rhs, settings, **window._asdict())

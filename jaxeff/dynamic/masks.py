@@ -54,7 +54,10 @@ def top_k_indices(scores: jax.Array, k: int) -> jax.Array:
 
 def mask_of(indices: jax.Array, size: int) -> jax.Array:
     """Mask of the kept: bool [..., size] from indices [..., k]."""
-    return jnp.any(indices[..., None, :] == jnp.arange(size)[:, None], axis=-1)
+    rows = indices.reshape(-1, indices.shape[-1])
+    mask = jnp.zeros((len(rows), size), bool)
+    mask = mask.at[jnp.arange(len(rows))[:, None], rows].set(True, mode="promise_in_bounds", unique_indices=True)
+    return mask.reshape(*indices.shape[:-1], size)
 
 
 def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxeff.quadratic import autotune
+from jaxeff.ops import autotune
 from jaxeff.quadratic.kinds import Kind, Projection, weights_of
 
 Impl = Literal["separate", "stacked", "fused", "auto"]
@@ -180,9 +180,14 @@ def resolved(impl: Impl, kind: Kind, params: Mapping[str, Any], x: jax.Array, wi
     kernels = [params[f"kernel_{name}"] for name in stackable(kind)]
     if impl != "auto" or len(kernels) < 2:
         return "separate" if impl == "auto" else impl
-    measured: Any = autotune.lookup(autotune.signature(x, kernels, window))
+    measured: Any = autotune.lookup(signature(x, kernels, window))
     # On CPU stacking and splitting are real copies; an accelerator reads the input once instead of three times.
     return measured or ("separate" if jax.default_backend() == "cpu" else "stacked")
+
+
+def signature(x: Any, kernels: Sequence[Any], window: Window) -> str:
+    """The name of a layer's product in the table of fastest forms."""
+    return autotune.signature("projections", (x, *kernels), tuple(window)[:4])
 
 
 def stackable(kind: Kind) -> list[str]:

@@ -6,9 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxeff.quadratic import autotune, kinds
+from jaxeff.ops import autotune
+from jaxeff.quadratic import kinds
 from jaxeff.quadratic.layers import QuadraticConv, QuadraticDense
-from jaxeff.quadratic.projections import Window, stackable
+from jaxeff.quadratic.projections import Window, signature, stackable
 
 
 def tune(module: nn.Module, x: Any) -> dict[str, str]:
@@ -53,7 +54,7 @@ def _signature(layer, x) -> str | None:
     dtype = layer.dtype or jnp.result_type(x.dtype, *(leaf.dtype for leaf in jax.tree.leaves(kernels)))
     window = layer.window if isinstance(layer, QuadraticConv) else Window()
     shapes = [jax.ShapeDtypeStruct(kernels[f"kernel_{name}"].shape, dtype) for name in of_x]
-    return autotune.signature(jax.ShapeDtypeStruct(x.shape, dtype), shapes, window)
+    return signature(jax.ShapeDtypeStruct(x.shape, dtype), shapes, window)
 
 
 def _step(layer):

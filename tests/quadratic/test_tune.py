@@ -3,12 +3,12 @@
 import json
 
 import jax
-import numpy as np
 import pytest
 from jax import numpy as jnp
 
 from jaxeff import models, quadratic, spec
-from jaxeff.quadratic import autotune, projections
+from jaxeff.ops import autotune
+from jaxeff.quadratic import projections
 
 
 @pytest.fixture(autouse=True)
@@ -53,20 +53,3 @@ def test_a_choice_holds_for_pieces_of_the_batch_and_for_the_dtype_that_a_layer_c
     used.clear()
     jax.eval_shape(jax.grad(loss), variables["params"], x)
     assert len(used) >= 3  # forward, recomputed and in the loop over pieces
-
-
-def test_the_faster_form_wins():
-    import time
-
-    def slow(x):
-        return jax.pure_callback(lambda x: time.sleep(0.02) or x, x, x)
-
-    assert autotune.fastest({"slow": slow, "fast": lambda x: x}, [np.ones(3, np.float32)], rounds=2) == "fast"
-
-
-def test_a_missing_or_damaged_table_is_an_empty_one():
-    assert autotune.lookup("anything") is None
-    autotune.remember({"layer": "stacked"})
-    assert autotune.lookup("layer") == "stacked"
-    autotune.table_path().write_text("{broken")
-    assert autotune.lookup("layer") is None

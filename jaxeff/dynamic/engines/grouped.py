@@ -19,6 +19,7 @@ from jax import lax
 
 from jaxeff.dynamic.engines import rows
 from jaxeff.dynamic.engines.geometry import Geometry, convolve, out_size
+from jaxeff.dynamic.masks import mask_of
 
 # Larger tiles read the kernel less often, but leave more sizes for the rest; beyond 8 samples nothing is gained on CPU.
 MAX_TILE = 8
@@ -44,7 +45,7 @@ def grouped_channels(window: Geometry, size: int, x: jax.Array, kernel: jax.Arra
     Returns:
       [N, H', W', O]. Its backward pass costs the kept share, too; of first order only.
     """
-    return _grouped(window, size, x, kernel, rows.kept_of(groups, x.shape[-1] // size))
+    return _grouped(window, size, x, kernel, mask_of(groups, x.shape[-1] // size))
 
 
 def width_slices(window: Geometry, size: int, x: jax.Array, kernel: jax.Array, widths: jax.Array) -> jax.Array:

@@ -40,11 +40,6 @@ def slots(indices: jax.Array, size: int) -> jax.Array:
     return empty.at[jnp.arange(batch)[:, None], indices].set(numbers, mode=IN_BOUNDS, unique_indices=True)
 
 
-def kept_of(indices: jax.Array, size: int) -> jax.Array:
-    """Which of `size` things are kept: bool [N, size] from [N, k]."""
-    return jnp.any(indices[:, None, :] == jnp.arange(size)[:, None], axis=-1)
-
-
 def of_groups(indices: jax.Array, size: int) -> jax.Array:
     """Members of groups of `size` neighbours: [N, k * size] from the indices of groups [N, k]."""
     return (indices[..., None] * size + jnp.arange(size, dtype=indices.dtype)).reshape(*indices.shape[:-1], -1)

@@ -1,8 +1,7 @@
-"""Which form of a layer is faster on this machine: measured once, remembered in a file.
+"""Which of several forms of a computation is fastest on this machine: measured once, remembered in a file.
 
-The forms are one product with each projection's kernel ("separate") and one with all kernels side by side ("stacked").
-Nothing is ever measured behind the user's back: `jaxeff.quadratic.tune` measures, and layers with `impl="auto"` look up
-what it found.
+Nothing is ever measured behind the user's back: functions called `tune` measure, and layers whose form is "auto" look
+up what they found.
 """
 
 import functools
@@ -11,7 +10,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,11 +22,17 @@ def table_path() -> pathlib.Path:
     return pathlib.Path(os.environ.get("JAXEFF_CACHE_DIR", default)) / "autotune.json"
 
 
-def signature(x: Any, kernels: Sequence[Any], window: Any) -> str:
-    """Names a layer by everything its speed depends on: device, jax, shapes, dtypes, window."""
-    shapes = "+".join(f"{k.dtype.name}{list(k.shape)}" for k in kernels)
+def signature(what: str, arrays: Sequence[Any], *settings: Any) -> str:
+    """Names a computation by everything its speed depends on: device, jax, shapes, dtypes, settings.
+
+    Args:
+      what: the kind of computation.
+      arrays: its operands, arrays or `jax.ShapeDtypeStruct`.
+      *settings: whatever else its speed depends on, by its `str`.
+    """
+    shapes = "+".join(f"{a.dtype.name}{list(a.shape)}" for a in arrays)
     device = jax.devices()[0].device_kind
-    return f"{device}|{os.cpu_count()}|jax {jax.__version__}|{x.dtype.name}{list(x.shape)}|{shapes}|{tuple(window)[:4]}"
+    return "|".join([what, device, str(os.cpu_count()), f"jax {jax.__version__}", shapes, *map(str, settings)])
 
 
 def lookup(name: str) -> str | None:
@@ -44,13 +49,24 @@ def remember(found: dict[str, str]) -> None:
     temporary.replace(path)
 
 
-def fastest(forms: dict[str, Callable[..., Any]], arguments: Iterable[Any], rounds: int = 5) -> str:
-    """Name of the form with the lowest median time, compiled, taking turns.
+def fastest(forms: Mapping[str, Callable[..., Any]], arguments: Iterable[Any], rounds: int = 5) -> str:
+    """Name of the form with the lowest median time; arguments as of `seconds`."""
+    times = seconds(forms, arguments, rounds)
+    return min(times, key=lambda name: statistics.median(times[name]))
+
+
+def seconds(
+    forms: Mapping[str, Callable[..., Any]], arguments: Iterable[Any], rounds: int = 5
+) -> dict[str, list[float]]:
+    """Wall time of every form, compiled, taking turns, so that a machine whose speed drifts treats them alike.
 
     Args:
       forms: functions of the arguments.
       arguments: pytrees of arrays or shapes; random numbers of these shapes are used.
-      rounds: how often each of them runs.
+      rounds: how often each of them runs, after a first time that does not count.
+
+    Returns:
+      The times of each form in the order of the rounds.
     """
     key = jax.random.key(0)
     leaves, tree = jax.tree.flatten(tuple(arguments))
@@ -64,7 +80,7 @@ def fastest(forms: dict[str, Callable[..., Any]], arguments: Iterable[Any], roun
             jax.block_until_ready(run(*values))
             if turn:
                 times[name].append(time.perf_counter() - start)
-    return min(times, key=lambda name: statistics.median(times[name]))
+    return times
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,0 +1,165 @@
+"""What gates save on the clock: every gated convolution of a network beside the fastest dense form of it."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxeff.dynamic import convolution
+from jaxeff.dynamic.accounting import density
+from jaxeff.dynamic.engines import Geometry, convolve, out_size
+from jaxeff.dynamic.engines.geometry import LAYOUT
+from jaxeff.dynamic.linen import GatedCall, gated_calls
+from jaxeff.dynamic.selection import Kept
+from jaxeff.dynamic.tune import with_engine
+from jaxeff.ops import autotune
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpeed:
+    """One gated convolution on the clock.
+
+    Attributes:
+      path: of the layer.
+      shapes: "[N, H, W, C] x [kh, kw, C, O]".
+      dense_form: name of the fastest dense form, see `dense_forms`; "mask" where even masking was faster.
+      engine: name of the engine that its gate resolves to.
+      seconds: median time of "dense" (the fastest form), "mask" and "engine".
+      counted: how many times fewer multiply-accumulates are left, at least 1.
+      real: how many times faster than dense the engine is, the median over the rounds.
+    """
+
+    path: str
+    shapes: str
+    dense_form: str
+    engine: str
+    seconds: dict[str, float]
+    counted: float
+    real: float
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the counted speed-up that is real."""
+        return self.real / self.counted
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedReport:
+    """What `speed_report` found: the layers in the order in which they run."""
+
+    rows: tuple[LayerSpeed, ...]
+
+    @property
+    def efficiency(self) -> float:
+        """Geometric mean over the layers."""
+        return math.exp(statistics.fmean(math.log(row.efficiency) for row in self.rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dictionaries, lists and numbers, ready for JSON."""
+        rows = [{**dataclasses.asdict(row), "efficiency": row.efficiency} for row in self.rows]
+        return {"layers": rows, "efficiency": self.efficiency}
+
+    def __str__(self) -> str:
+        from jaxeff.costs.report import aligned
+
+        header = ("layer", "shapes", "dense", "mask", "engine", "counted", "real", "efficiency")
+        cells = [
+            (
+                row.path,
+                row.shapes,
+                f"{row.dense_form} {1e3 * row.seconds['dense']:.2f} ms",
+                f"{1e3 * row.seconds['mask']:.2f} ms",
+                f"{row.engine} {1e3 * row.seconds['engine']:.2f} ms",
+                f"{row.counted:.2f}x",
+                f"{row.real:.2f}x",
+                f"{row.efficiency:.2f}",
+            )
+            for row in self.rows
+        ]
+        return "\n".join([*aligned([header, *cells]), f"efficiency, geometric mean: {self.efficiency:.2f}"])
+
+
+def speed_report(module: nn.Module, batch: Any, *, rounds: int = 15) -> SpeedReport:
+    """Measures every gated convolution of a network: dense in its fastest form, masked, and with its engine.
+
+    Args:
+      module: a Linen module with gates, for example `jaxeff.models.Network` or `jaxeff.dynamic.Gated`; run
+        `jaxeff.dynamic.tune` before, or engines that are "auto" are "mask".
+      batch: an input, an array or `jax.ShapeDtypeStruct`; speeds depend on its size.
+      rounds: how often everything is timed, in turn.
+
+    Raises:
+      ValueError: if the network has no gates.
+    """
+    calls = gated_calls(module, batch)
+    if not calls:
+        raise ValueError("the network has no gated convolutions; jaxeff.dynamic.gate or Gated puts gates into it")
+    measured: dict[str, LayerSpeed] = {}
+    rows = []
+    for call in calls:
+        name = convolution.signature(call.settings, call.x, call.kernel, call.window) + call.settings.engine
+        if name not in measured:
+            measured[name] = _measure(call, rounds)
+        rows.append(dataclasses.replace(measured[name], path=call.path))
+    return SpeedReport(tuple(rows))
+
+
+def dense_forms(window: Geometry) -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
+    """Forms of the convolution of x [N, H, W, C] with a kernel [kh, kw, C, O], without a gate.
+
+    "ops" is the library's own convolution, "lax" XLA's, "patches" one matrix product of patches, which
+    "patches_barrier" keeps from being fused with their making.
+    """
+    return {
+        "ops": partial(convolve, window),
+        "lax": lambda x, kernel: lax.conv_general_dilated(
+            x, kernel, window.strides, window.padding, rhs_dilation=window.dilation, dimension_numbers=LAYOUT,
+            precision=window.precision,
+        ),
+        "patches": partial(_product_of_patches, window, False),
+        "patches_barrier": partial(_product_of_patches, window, True),
+    }  # fmt: skip
+
+
+def _measure(call: GatedCall, rounds: int) -> LayerSpeed:
+    shown = f"{list(call.x.shape)} x {list(call.kernel.shape)}"
+    engine = convolution.resolved(call.settings, _all_dropped(call), call.x, call.kernel, call.window)
+    forms: dict[str, Callable[..., Any]] = {**dense_forms(call.window), "mask": with_engine(call, "mask")}
+    contestants = {**forms, "engine": with_engine(call, engine)}
+    times = autotune.seconds(contestants, (call.x, call.kernel), rounds)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    dense = min(forms, key=median.__getitem__)
+    real = statistics.median(a / b for a, b in zip(times[dense], times["engine"], strict=True))
+    seconds = {"dense": median[dense], "mask": median["mask"], "engine": median["engine"]}
+    size = (call.x.shape[1], call.x.shape[2])
+    out = out_size(call.window, size, call.kernel.shape[:2])
+    counted = 1 / density(call.settings, (*size, call.x.shape[-1]), out)
+    return LayerSpeed(call.path, shown, dense, engine, seconds, counted, real)
+
+
+def _all_dropped(call: GatedCall) -> Kept:
+    """As what `resolved` asks of the indices is only whether there are any."""
+    there: Any = True
+    return Kept(*(there if getattr(call.settings, axis) else None for axis in Kept._fields))
+
+
+def _product_of_patches(window: Geometry, barrier: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    padded = jnp.pad(x, ((0, 0), *window.padding, (0, 0)))
+    height, width = out_size(window, x.shape[1:3], kernel.shape[:2])
+    (down, across), views = window.strides, []
+    for i in range(kernel.shape[0]):
+        for j in range(kernel.shape[1]):
+            top, left = i * window.dilation[0], j * window.dilation[1]
+            rows = slice(top, top + (height - 1) * down + 1, down)
+            views.append(padded[:, rows, left : left + (width - 1) * across + 1 : across])
+    patches = jnp.concatenate(views, -1)
+    if barrier:
+        patches = lax.optimization_barrier(patches)
+    return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]), precision=window.precision)

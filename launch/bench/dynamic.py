@@ -1,0 +1,211 @@
+"""Benchmarks of dynamic pruning: gated convolutions and networks beside the fastest dense form of each.
+
+    python -m launch.bench.dynamic [--case NAME]... [--pairs 9] [--device cpu|gpu] [--json FILE]
+
+Dense is whichever of these is fastest on the day: XLA's convolution, ours (`jaxeff.ops`), patches and one matrix
+product, with and without a barrier between the two, and the masked convolution. `make bench` keeps the results in
+launch/bench/results/dynamic.json.
+"""
+
+import contextlib
+import dataclasses
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff import costs, dynamic, models
+from jaxeff.dynamic import DynamicSpec, engines
+from jaxeff.dynamic.convolution import candidates
+from jaxeff.ops import autotune, conv_impl
+from launch.bench import results, suite
+from launch.bench.timing import Times, contest
+
+# One turn lasts about as long as this, so that layers of a millisecond are not timed one by one.
+TURN = 0.03
+
+
+# --- workloads --------------------------------------------------------------------------------------------------------
+
+
+def layer(batch: int, size: int, channels: int, features: int, kernel: int = 3) -> tuple[jax.Array, jax.Array]:
+    """A feature map after a ReLU [batch, size, size, channels] and a kernel."""
+    rng = np.random.default_rng(0)
+    x = np.maximum(rng.normal(size=(batch, size, size, channels)), 0)
+    k = rng.normal(size=(kernel, kernel, channels, features)) / (kernel * channels**0.5)
+    return jnp.asarray(x, jnp.float32), jnp.asarray(k, jnp.float32)
+
+
+def dense_forms(settings: DynamicSpec, x: jax.Array, kernel: jax.Array) -> dict[str, Callable[..., jax.Array]]:
+    """Every form of the dense layer, and the masked one."""
+    masked = dataclasses.replace(settings, engine="mask")
+    return {
+        **dynamic.dense_forms(engines.geometry(x.shape, kernel.shape)),
+        "mask": partial(dynamic.conv, settings=masked),
+    }
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """The function compiled for these arguments, and bound to them."""
+    return partial(jax.jit(function).lower(*args).compile(), *args)
+
+
+def beside_dense(pairs: int, settings: dict[str, DynamicSpec], x: jax.Array, kernel: jax.Array) -> tuple[Times, str]:
+    """Times of every gated convolution and of all dense forms, and the name of the fastest dense one."""
+    first = next(iter(settings.values()))
+    forms = {name: compiled(form, x, kernel) for name, form in dense_forms(first, x, kernel).items()}
+    ours = {name: compiled(lambda x, k, s=s: dynamic.conv(x, k, s), x, kernel) for name, s in settings.items()}
+    times = contest({**forms, **ours}, pairs=pairs, seconds=TURN)
+    return times, times.fastest(*forms)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+ENGINES_OF = {
+    "conv_channels": (
+        1.8,
+        {
+            "channels": DynamicSpec(channels=0.5, engine="channels"),
+            "grouped_32": DynamicSpec(channels=0.5, group_size=32, engine="grouped"),
+            "grouped_64": DynamicSpec(channels=0.5, group_size=64, engine="grouped"),
+        },
+    ),
+    "conv_columns": (1.75, {"columns": DynamicSpec(columns=0.5, engine="columns")}),
+    "conv_both": (
+        3.0,
+        {"channels_and_columns": DynamicSpec(channels=0.5, columns=0.5, engine="channels_and_columns")},
+    ),
+}
+
+
+def conv_engines(case: str, pairs: int) -> Iterator[dict[str, Any]]:
+    """How many times faster than dense a 3x3 convolution of 16x16x256 maps is whose input is half dropped."""
+    target, settings = ENGINES_OF[case]
+    for batch in (1, 8):
+        times, dense = beside_dense(pairs, settings, *layer(batch, 16, 256, 256))
+        best = times.fastest(*settings)
+        for name in settings:
+            against = f"dense ({dense})" + (f"; fastest engine: {best}" if name == best else "")
+            yield results.time_ratio(
+                f"{case}.batch{batch}.{name}", times, dense, name, against=against, better="higher",
+                target=target if name == best else None,
+            )  # fmt: skip
+
+
+# Map size, input and output channels of a 3x3 convolution: of VGG-16 and ResNet-50 on small images.
+LAYERS = (
+    (32, 64, 64),
+    (32, 64, 128),
+    (16, 128, 128),
+    (16, 64, 128),
+    (16, 256, 256),
+    (8, 128, 256),
+    (8, 256, 256),
+    (8, 512, 512),
+    (4, 256, 512),
+    (4, 512, 512),
+)
+
+
+def efficiency(pairs: int) -> Iterator[dict[str, Any]]:
+    """Share of the counted speed-up that is real, half of the channels dropped in eighths of them: geometric mean."""
+    shares, gains = [], {}
+    for batch in (1, 8):
+        for size, channels, features in LAYERS:
+            drops = DynamicSpec(channels=0.5, group_size=channels // 8)
+            settings = {name: dataclasses.replace(drops, engine=name) for name in candidates(drops)}
+            x, kernel = layer(batch, size, channels, features)
+            forms = {name: partial(dynamic.conv, settings=chosen) for name, chosen in settings.items()}
+            engine = autotune.fastest(forms, (x, kernel), rounds=max(9, pairs))
+            times, dense = beside_dense(pairs, {"auto": settings[engine]}, x, kernel)
+            gain = times.ratio(dense, "auto").value
+            shares.append(gain / 2)
+            gains[f"{size}x{size}x{channels} to {features}, batch {batch}, {engine}"] = gain
+    low, _, high = statistics.quantiles(shares, n=4, method="inclusive")
+    yield results.case(
+        "efficiency", "real / counted speed-up, geometric mean", statistics.geometric_mean(shares), better="higher",
+        target=0.75, spread=(low, high), n=len(shares), against="the fastest dense form of each layer",
+    )  # fmt: skip
+    slowest = min(gains, key=gains.__getitem__)
+    yield results.case(
+        "efficiency.slowest", "speed-up", gains[slowest], better="higher", target=0.97, against=f"dense; {slowest}"
+    )
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+VGG16 = {
+    "vgg16_antidote": ((0.2, 0.2, 0.6, 0.9, 0.9), {1: 2.2, 8: 2.1}),
+    "vgg16_half": ((0.5,) * 5, {1: 1.6, 8: 1.2}),
+}
+# Channels of a group in each block: single channels, and eighths of the channels where that pays.
+GROUPS = {"single": (1, 1, 1, 1, 1), "eighths": (8, 16, 32, 64, 64)}
+
+
+def vgg16(case: str, pairs: int) -> Iterator[dict[str, Any]]:
+    """How many times faster than dense the whole of VGG-16 on 32x32 images is, channels dropped by block."""
+    ratios, targets = VGG16[case]
+    architecture = models.vgg("D")
+    plain = models.Network(architecture)
+    variables = jax.jit(plain.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    report = costs.analyze(plain.apply, variables, jnp.zeros((1, 32, 32, 3)), residuals=False)
+    for batch, target in targets.items():
+        images = jax.random.normal(jax.random.key(1), (batch, 32, 32, 3))
+        run = {"ops": compiled(plain.apply, variables, images)}
+        with conv_impl("lax"):
+            run["lax"] = compiled(lambda *args: plain.apply(*args), variables, images)
+        masked = gated([DynamicSpec(channels=ratio, engine="mask") for ratio in ratios])
+        run["mask"] = compiled(masked.apply, variables, images)
+        counted = {}
+        for name, sizes in GROUPS.items():
+            drops = [DynamicSpec(channels=ratio, group_size=g) for ratio, g in zip(ratios, sizes, strict=True)]
+            network = gated(drops)
+            with own_table():
+                dynamic.tune(network, images)
+                run[name] = compiled(network.apply, variables, images)
+            counted[name] = 1 / (1 - dynamic.counted_macs(network.architecture, report)["total"].reduction)
+        times = contest(run, pairs=pairs, seconds=TURN)
+        dense, best = times.fastest("ops", "lax", "mask"), times.fastest(*GROUPS)
+        for name in GROUPS:
+            yield results.time_ratio(
+                f"{case}.batch{batch}.{name}", times, dense, name, better="higher",
+                against=f"dense ({dense}); counted {counted[name]:.2f}", target=target if name == best else None,
+            )  # fmt: skip
+
+
+def gated(settings: list[DynamicSpec]) -> models.Network:
+    """VGG-16 with gates, one setting for each of its blocks."""
+    return models.Network(dynamic.gate(models.vgg("D"), settings), gate=dynamic.gate_layer)
+
+
+@contextlib.contextmanager
+def own_table() -> Iterator[None]:
+    """A table of fastest engines that begins empty and is thrown away."""
+    before = os.environ.get("JAXEFF_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["JAXEFF_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["JAXEFF_CACHE_DIR"]
+            else:
+                os.environ["JAXEFF_CACHE_DIR"] = before
+
+
+CASES = {
+    **{case: partial(conv_engines, case) for case in ENGINES_OF},
+    "efficiency": efficiency,
+    **{case: partial(vgg16, case) for case in VGG16},
+}
+GPU: tuple[str, ...] = ()
+
+
+if __name__ == "__main__":
+    suite.main("dynamic", __doc__ or "", CASES, GPU)

@@ -1,0 +1,43 @@
+"""The table of fastest forms: what is measured is remembered, and damage is forgotten."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxeff.ops import autotune
+
+
+@pytest.fixture(autouse=True)
+def own_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXEFF_CACHE_DIR", str(tmp_path))
+
+
+def test_the_faster_form_wins():
+    def slow(x):
+        return jax.pure_callback(lambda x: time.sleep(0.02) or x, x, x)
+
+    assert autotune.fastest({"slow": slow, "fast": lambda x: x}, [np.ones(3, np.float32)], rounds=2) == "fast"
+
+
+def test_a_missing_or_damaged_table_is_an_empty_one():
+    assert autotune.lookup("anything") is None
+    autotune.remember({"layer": "stacked"})
+    assert autotune.lookup("layer") == "stacked"
+    autotune.table_path().write_text("{broken")
+    assert autotune.lookup("layer") is None
+
+
+def test_signatures_differ_in_whatever_matters():
+    x, k = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 3), (3, 4)))
+    half = jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)
+    names = [
+        autotune.signature("layer", (x, k), (1, 1)),
+        autotune.signature("other", (x, k), (1, 1)),
+        autotune.signature("layer", (half, k), (1, 1)),
+        autotune.signature("layer", (x, x), (1, 1)),
+        autotune.signature("layer", (x, k), (2, 2)),
+    ]
+    assert len(set(names)) == len(names)
