@@ -29,6 +29,7 @@ bench: $(STAMP)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m launch.bench.ops --json $(RESULTS)/ops.json
 	$(BIN)/python -m launch.bench.quadratic --json $(RESULTS)/quadratic.json
+	$(BIN)/python -m launch.bench.dynamic --json $(RESULTS)/dynamic.json
 
 results: $(STAMP)
 	$(BIN)/python -m launch.bench.results

@@ -75,6 +75,11 @@ def blocks(architecture: Architecture) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(paths) for _, paths in found)
 
 
+def readers(architecture: Architecture) -> dict[str, str]:
+    """Of every layer that can have a gate, the convolution that reads it and where its gate stands; both as paths."""
+    return dict(_flow(architecture).readers)
+
+
 def _by_giver(architecture, flow, settings) -> dict[str, DynamicSpec | None]:
     if isinstance(settings, DynamicSpec):
         if not flow.readers:

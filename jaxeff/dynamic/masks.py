@@ -65,7 +65,8 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
 
     Args:
       scores: [..., S].
-      k: how many; a traced number too, so that a sweep over ratios compiles once.
+      k: how many; a traced number too, or an array that broadcasts against the scores, so that a sweep over ratios
+        compiles once.
     """
     order = jnp.argsort(-_ranked(scores), axis=-1, stable=True)
     return jnp.argsort(order, axis=-1) < k

@@ -93,8 +93,8 @@ def masked_by_ratio(
 
     Args:
       x: [N, H, W, C], floating point.
-      channels: share of the channels that is dropped, a number in [0, 1).
-      columns: share of the columns that is dropped, a number in [0, 1).
+      channels: share of the channels that is dropped, in [0, 1): one number, or [N], one for each sample.
+      columns: share of the columns that is dropped, likewise.
       settings: everything but the ratios.
 
     Returns:
@@ -112,17 +112,24 @@ def masked_by_ratio(
 
 
 def group_scores(x: jax.Array, settings: DynamicSpec) -> jax.Array:
-    """Attention of every channel group, [N, G]."""
-    return channel_attention(x, settings.reduce).reshape(len(x), -1, settings.group_size).mean(-1)
+    """What channel groups are ranked by, [N, G]."""
+    scores = channel_attention(x, settings.reduce).reshape(len(x), -1, settings.group_size).mean(-1)
+    return _ranked_by(settings, scores)
 
 
 def tile_scores(x: jax.Array, settings: DynamicSpec) -> jax.Array:
-    """Attention of every tile in row-major order, [N, T].
+    """What tiles are ranked by, in row-major order, [N, T].
 
     Raises:
       ValueError: if the tile does not divide the map.
     """
-    return _by_tile(column_attention(x, settings.reduce), settings.tile)
+    return _ranked_by(settings, _by_tile(column_attention(x, settings.reduce), settings.tile))
+
+
+def _ranked_by(settings, scores):
+    if settings.ranking == "random":  # the same for every call, so that all engines keep the same
+        return jax.random.uniform(jax.random.key(0), scores.shape)
+    return -scores if settings.ranking == "inverse" else scores
 
 
 def _kept_outputs(x, settings, reader: Reader) -> jax.Array:
@@ -134,7 +141,7 @@ def _kept_outputs(x, settings, reader: Reader) -> jax.Array:
     # NaN counts as nothing here, or it would take the scores of its neighbours with it.
     padded = jnp.pad(jnp.nan_to_num(columns, nan=0.0), ((0, 0), (0, 1)))
     scores = padded[:, reads].mean(1).reshape(len(x), *out)
-    return top_k_indices(_by_tile(scores, settings.tile), kept)
+    return top_k_indices(_ranked_by(settings, _by_tile(scores, settings.tile)), kept)
 
 
 def _by_tile(scores, tile):
@@ -157,8 +164,13 @@ def _masked(x, channels, columns, settings):
 
 
 def _traced_count(ratio, size):
-    """`keep_count` of a traced ratio; float32 has seven digits, so what lies that close to a half is rounded up."""
-    return jnp.clip(jnp.floor((1 - jnp.asarray(ratio, jnp.float32)) * size + 0.5 + 1e-4), 1, size)
+    """`keep_count` of traced ratios, to be compared with ranks [N, size].
+
+    float32 has seven digits, so what lies that close to a half is rounded up.
+    """
+    ratios = jnp.asarray(ratio, jnp.float32)
+    counts = jnp.clip(jnp.floor((1 - ratios) * size + 0.5 + 1e-4), 1, size)
+    return counts[:, None] if counts.ndim else counts
 
 
 def positions_of(tiles: jax.Array, tile: int, size: tuple[int, int]) -> jax.Array:

@@ -7,6 +7,7 @@ from jaxeff.dynamic.masks import keep_count
 
 RATIOS: tuple[str, ...] = ("channels", "columns", "outputs")
 ORDERS: tuple[str, ...] = ("parallel", "channel_first")
+RANKINGS: tuple[str, ...] = ("attention", "inverse", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +23,11 @@ class DynamicSpec:
       tile: columns and output positions are ranked and dropped in tiles of tile x tile, by the mean of their attention.
       order: "parallel" ranks columns by the whole map; "channel_first" by the channels that are kept.
       reduce: "mean", "abs_mean" or "l2", see `jaxeff.dynamic.channel_attention`.
+      ranking: "attention" keeps the highest; "inverse" the lowest and "random" any, to compare with.
       engine: how the convolution is computed, a name of `jaxeff.dynamic.ENGINES` or "auto".
 
     Raises:
-      ValueError: for a ratio outside [0, 1), sizes below 1, or an unknown order or reduction.
+      ValueError: for a ratio outside [0, 1), sizes below 1, or an unknown order, reduction or ranking.
     """
 
     channels: float = 0.0
@@ -35,6 +37,7 @@ class DynamicSpec:
     tile: int = 1
     order: str = "parallel"
     reduce: Reduce = "mean"
+    ranking: str = "attention"
     engine: str = "auto"
 
     def __post_init__(self):
@@ -45,10 +48,10 @@ class DynamicSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(map(repr, ORDERS))}, got {self.order!r}")
-        if self.reduce not in REDUCES:
-            raise ValueError(f"reduce must be one of {', '.join(map(repr, REDUCES))}, got {self.reduce!r}")
+        for name, known in (("order", ORDERS), ("reduce", REDUCES), ("ranking", RANKINGS)):
+            if getattr(self, name) not in known:
+                valid = ", ".join(map(repr, known))
+                raise ValueError(f"{name} must be one of {valid}, got {getattr(self, name)!r}")
 
     def groups_kept(self, channels: int) -> int:
         """How many channel groups are kept of so many channels.

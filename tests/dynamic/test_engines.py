@@ -1,6 +1,7 @@
 """Every engine against loops in NumPy in float64, in output and gradient."""
 
 import itertools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ EXACT = [name for name, engine in ENGINES.items() if engine.exact]
 
 def highest(scores, ratio):
     """Indices of the kept: round half up, lower index first among equals."""
-    count = max(1, int((1 - ratio) * len(scores) + 0.5))
+    count = max(1, int((1 - Fraction(str(ratio))) * len(scores) + Fraction(1, 2)))
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
 
 
@@ -117,7 +118,7 @@ def test_engines_equal_loops(name, batch, size, kernel, strides, padding):
     check(x, k, DynamicSpec(**dropped_by(name, 0.5), engine=name), strides, padding)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     name=st.sampled_from(EXACT),
     batch=st.integers(1, 9),

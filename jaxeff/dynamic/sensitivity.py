@@ -1,0 +1,149 @@
+"""How much each block of a network can drop: accuracy by block, ratio and dimension, and ratios under a budget.
+
+Nothing is trained again; norms have their running statistics. The whole grid is one compiled program, as the ratios are
+traced (`jaxeff.dynamic.masked_by_ratio`).
+
+Letters: B blocks, R ratios of the grid, N images.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxeff.dynamic.linen import RATIOS
+from jaxeff.dynamic.targeted_dropout import ratio_variables
+
+DIMENSIONS: tuple[str, ...] = ("channels", "columns")
+GRID: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """Accuracy with one block gated at a time.
+
+    Attributes:
+      grid: the R ratios.
+      accuracy: float [2, B, R], by dimension ("channels", "columns"), block and ratio.
+      names: of the blocks.
+    """
+
+    grid: tuple[float, ...]
+    accuracy: np.ndarray
+    names: tuple[str, ...]
+
+    def bounds(self, tolerance: float) -> np.ndarray:
+        """The highest ratio of each block up to which accuracy falls by no more than `tolerance`: [B, 2].
+
+        A ratio counts only if all lower ones of the grid are within the tolerance, too.
+        """
+        dense = self.accuracy[..., :1]
+        fine = np.logical_and.accumulate(self.accuracy >= dense - tolerance, axis=-1)
+        return np.asarray(self.grid)[fine.sum(-1) - 1].T
+
+
+def sensitivity(
+    apply: Callable[[Mapping[str, Any], Any], jax.Array],
+    variables: Mapping[str, Any],
+    images: Any,
+    labels: Any,
+    paths: Sequence[Sequence[str]],
+    *,
+    grid: Sequence[float] = GRID,
+    batch_size: int = 256,
+    names: Sequence[str] = (),
+) -> Sensitivity:
+    """Evaluates a gated network with one block gated at a time, for every ratio and both dimensions.
+
+    Args:
+      apply: (variables, images) -> logits [N, classes], `network.apply` of a gated network.
+      variables: of the trained network, without ratios.
+      images: [N, H, W, C], floating point; not the test set.
+      labels: int [N].
+      paths: of the gates of each block, as of `jaxeff.dynamic.block_paths`.
+      grid: ascending ratios in [0, 1), the first of them 0.
+      batch_size: how many images are evaluated together; N is cut to a multiple of it where it is larger.
+      names: of the blocks; by default "block 1" and so on.
+
+    Raises:
+      ValueError: for a grid that does not ascend from 0 to below 1, or images and labels that do not fit.
+    """
+    ratios = np.asarray(grid, np.float32)
+    if not len(ratios) or ratios[0] != 0 or np.any(np.diff(ratios) <= 0) or ratios[-1] >= 1:
+        raise ValueError(f"grid must ascend from 0 to below 1, got {tuple(grid)}")
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
+        raise ValueError(f"images and labels must be [N, H, W, C] and [N], got {images.shape} and {labels.shape}")
+    size = min(batch_size, len(images))
+    count = len(images) // size * size
+    batches = tuple(a[:count].reshape(-1, size, *a.shape[1:]) for a in (images, labels))
+    table = np.zeros((2, len(paths), len(ratios), len(paths), 2), np.float32)
+    for dimension, block in np.ndindex(2, len(paths)):
+        table[dimension, block, :, block, dimension] = ratios
+    right = _right(apply, tuple(map(tuple, paths)), variables, batches, table.reshape(-1, len(paths), 2))
+    accuracy = np.asarray(right, np.float64).reshape(table.shape[:3]) / count
+    blocks = tuple(names) or tuple(f"block {i + 1}" for i in range(len(paths)))
+    return Sensitivity(tuple(float(r) for r in grid), accuracy, blocks)
+
+
+def choose_ratios(
+    costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], budget: float, *, steps: int = 2000
+) -> tuple[int, ...]:
+    """One option for each block, of the least total loss whose total cost keeps a budget.
+
+    Args:
+      costs: of every option of every block, counted MACs or seconds; not negative.
+      losses: of the same options, for example the fall in accuracy of `Sensitivity`.
+      budget: what the costs may add up to.
+      steps: how finely costs are told apart; they are rounded up, so the budget is kept whatever this is.
+
+    Returns:
+      The index of the option of each block.
+
+    Raises:
+      ValueError: if no choice keeps the budget; the smallest reachable cost is named.
+    """
+    least = sum(min(row) for row in costs)
+    if least > budget:
+        raise ValueError(f"budget={budget:.6g} cannot be met: the cheapest options together cost {least:.6g}")
+    # From the cheapest choice on, what each option costs more, in steps of what is left of the budget.
+    unit = (budget - least) / steps or 1.0
+    best = np.full(steps + 1, np.inf)
+    best[0] = 0.0
+    chosen: list[np.ndarray] = []
+    for row, loss in zip(costs, losses, strict=True):
+        more = [int(np.ceil(round((cost - min(row)) / unit, 6))) for cost in row]
+        options = np.full((len(row), steps + 1), np.inf)
+        for i, (extra, value) in enumerate(zip(more, loss, strict=True)):
+            if extra <= steps:
+                options[i, extra:] = best[: steps + 1 - extra] + value
+        chosen.append(options.argmin(0))
+        best = options.min(0)
+    at, picks = int(best.argmin()), []
+    for row, pick in zip(reversed(costs), reversed(chosen), strict=True):
+        option = int(pick[at])
+        picks.append(option)
+        at -= int(np.ceil(round((row[option] - min(row)) / unit, 6)))
+    return tuple(reversed(picks))
+
+
+def _right(apply, paths, variables, batches, tables):
+    @jax.jit
+    def run(variables, batches, tables):
+        def of_table(table):
+            ratios = ratio_variables(paths, table)
+
+            def of_batch(batch):
+                images, labels = batch
+                logits = apply({**variables, RATIOS: ratios}, images)
+                return jnp.sum(logits.argmax(-1) == labels)
+
+            return lax.map(of_batch, batches).sum()
+
+        return lax.map(of_table, tables)
+
+    return run(variables, batches, tables)

@@ -1,0 +1,251 @@
+"""Targeted dropout with ratio ascent: a network learns to do without what its gates will drop.
+
+Unlike dropout nothing is random and nothing is rescaled: the channels and columns of lowest attention are dropped, more
+of them as training goes on, and the same gates stay when the network is used (AntiDote, arXiv 2008.06543). The ratios
+are traced, so a whole ascent is one compilation.
+
+Letters: B blocks of `jaxeff.dynamic.blocks`, N batch.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxeff import spec
+from jaxeff.dynamic.gate import blocks, readers
+from jaxeff.dynamic.linen import RATIOS
+from jaxeff.dynamic.settings import DynamicSpec
+
+Schedule = Callable[[jax.Array], jax.Array]
+ASCENT = "ascent"
+"""Name of the collection that counts the steps of an ascent."""
+
+
+class Functions(NamedTuple):
+    """A network as two functions, the form that `jaxeff.training` takes.
+
+    Attributes:
+      init: (key, inputs) -> variables.
+      apply: (variables, inputs, train, key) -> (outputs, all collections but "params").
+    """
+
+    init: Callable[[jax.Array, Any], dict[str, Any]]
+    apply: Callable[[Mapping[str, Any], Any, bool, jax.Array | None], tuple[Any, dict[str, Any]]]
+
+
+def ratio_ascent(targets: Any, *, start: float = 0.1, increment: float = 0.05, every: int) -> Schedule:
+    """Ratios that climb in equal steps from a start to their targets, as a function of the training step.
+
+    Args:
+      targets: [B, 2], shares of channels and columns that are dropped in the end, in [0, 1).
+      start: the first ratio, where the target is not below it (0.1: our default).
+      increment: what a ratio grows by (0.05: our default).
+      every: steps between two increments.
+
+    Returns:
+      step -> float32 [B, 2], traced or not.
+
+    Raises:
+      ValueError: for other shapes, ratios out of range, or a climb that never ends.
+    """
+    goal = jnp.asarray(targets, jnp.float32)
+    if goal.ndim != 2 or goal.shape[1] != 2:
+        raise ValueError(f"targets must be [blocks, 2] (channels, columns), got shape {goal.shape}")
+    if not bool(jnp.all((goal >= 0) & (goal < 1))) or not 0 <= start < 1:
+        raise ValueError(f"ratios are shares that are dropped, in [0, 1), got start={start} and targets {targets}")
+    if increment <= 0 or every < 1:
+        raise ValueError(f"increment must be above 0 and every at least 1, got {increment} and {every}")
+
+    def schedule(step):
+        return jnp.minimum(goal, start + increment * (jnp.asarray(step) // every))
+
+    return schedule
+
+
+def ascent_steps(targets: Any, *, start: float = 0.1, increment: float = 0.05, every: int) -> int:
+    """Steps until `ratio_ascent` of these arguments has reached every target."""
+    highest = float(jnp.max(jnp.asarray(targets)))
+    return max(0, math.ceil(round((highest - start) / increment, 6))) * every
+
+
+def block_paths(architecture: spec.Architecture) -> tuple[tuple[str, ...], ...]:
+    """Paths of the gates of every block in `models.Network`'s variables: ("conv2/layer/gate", ...)."""
+    reads = readers(architecture)
+    return tuple(tuple(f"{reads[path]}/layer/gate" for path in paths) for paths in blocks(architecture))
+
+
+def ratio_variables(paths: Sequence[Sequence[str]], table: Any) -> dict[str, Any]:
+    """The collection "ratios" that gives every gate the ratios of its block.
+
+    Args:
+      paths: of the gates of each block, as of `block_paths`; for a network of one's own, the paths of its convolutions
+        with "/gate" behind them.
+      table: [B, 2], shares of channels and columns that are dropped; or [B, 2, N], another for each sample. Traced or
+        not.
+
+    Raises:
+      ValueError: if there are not as many ratios as blocks.
+    """
+    table = jnp.asarray(table)
+    if table.shape[:2] != (len(paths), 2):
+        raise ValueError(f"table must be [{len(paths)}, 2], a pair for each block, got shape {table.shape}")
+    tree: dict[str, Any] = {}
+    for block, (channels, columns) in zip(paths, table, strict=True):
+        for path in block:
+            node = tree
+            for name in path.split("/"):
+                node = node.setdefault(name, {})
+            node.update(channels=channels, columns=columns)
+    return tree
+
+
+def targeted_dropout(
+    functions: Any,
+    paths: Sequence[Sequence[str]],
+    schedule: Schedule,
+) -> Functions:
+    """A network whose gates follow a schedule while it learns; `jaxeff.training` takes the result as it is.
+
+    The step is counted in the model's own state (collection "ascent"), so it is saved and resumed with it; evaluation
+    has the ratios of the steps done so far.
+
+    Args:
+      functions: (init, apply) of a gated network, for example `jaxeff.training.from_linen(network)`.
+      paths: of the gates of each block, as of `block_paths`.
+      schedule: step -> [B, 2], for example `ratio_ascent(...)`.
+
+    Returns:
+      The functions of the same network under the schedule.
+    """
+
+    def start(key, inputs):
+        return {**functions.init(key, inputs), ASCENT: {"step": jnp.zeros((), jnp.int32)}}
+
+    def apply(variables, inputs, train, key):
+        inner = {name: value for name, value in variables.items() if name != ASCENT}
+        step = variables[ASCENT]["step"]
+        inner[RATIOS] = ratio_variables(paths, schedule(step))
+        outputs, state = functions.apply(inner, inputs, train, key)
+        state = {name: value for name, value in state.items() if name != RATIOS}
+        return outputs, {**state, ASCENT: {"step": step + train}}
+
+    return Functions(start, apply)
+
+
+def sandwich(
+    functions: Any,
+    paths: Sequence[Sequence[str]],
+    least: Any,
+    most: Any,
+) -> Functions:
+    """A network that learns for all ratios between two at once: quarters of every batch have least, most, two random.
+
+    The sandwich rule of slimmable networks (Yu and Huang 2019, arXiv 1903.05134) over samples instead of passes, so a
+    step costs what it costs without it. Norms see the mixture: `calibrate` them for each ratio before use. Evaluation
+    has the highest ratios.
+
+    Args:
+      functions: (init, apply) of a gated network.
+      paths: of the gates of each block, as of `block_paths`.
+      least: [B, 2], the lowest ratios.
+      most: [B, 2], the highest ratios.
+
+    Returns:
+      The functions of the same network under the rule; `apply` needs a key while training.
+    """
+    low, high = jnp.asarray(least, jnp.float32), jnp.asarray(most, jnp.float32)
+
+    def apply(variables, inputs, train, key):
+        count = len(inputs)
+        if train:
+            if key is None:
+                raise ValueError("key: the sandwich rule draws ratios, so a PRNG key is needed when train=True")
+            drawn = jax.random.uniform(jax.random.fold_in(key, 1), (2,))
+            share = jnp.concatenate([jnp.array([0.0, 1.0]), drawn])[jnp.arange(count) * 4 // count]
+            table = low[..., None] + (high - low)[..., None] * share
+        else:
+            table = high
+        outputs, state = functions.apply({**variables, RATIOS: ratio_variables(paths, table)}, inputs, train, key)
+        return outputs, {name: value for name, value in state.items() if name != RATIOS}
+
+    return Functions(functions.init, apply)
+
+
+def calibrate(
+    functions: Any,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    paths: Sequence[Sequence[str]] = (),
+    table: Any = None,
+) -> dict[str, Any]:
+    """Running statistics of batch norms, taken anew at given ratios: means over the batches.
+
+    Args:
+      functions: (init, apply) of a network with a collection "batch_stats" of means and variances, leaves called "mean"
+        and "var".
+      variables: of the network.
+      batches: inputs, each as large as a training batch.
+      paths: of the gates of each block, as of `block_paths`; empty for the gates' own ratios.
+      table: [B, 2], shares of channels and columns that are dropped.
+
+    Returns:
+      The variables with the new statistics.
+
+    Raises:
+      ValueError: without batches or statistics.
+    """
+    rest = {name: value for name, value in variables.items() if name not in ("batch_stats", RATIOS)}
+    old = variables.get("batch_stats")
+    if not old:
+        raise ValueError("variables have no batch_stats: there is nothing to calibrate")
+    ratios = {RATIOS: ratio_variables(paths, table)} if len(paths) else {}
+
+    @jax.jit
+    def updated(constant, inputs):
+        stats = jax.tree.map(lambda leaf: jnp.full_like(leaf, constant), old)
+        return functions.apply({**rest, **ratios, "batch_stats": stats}, inputs, True, jax.random.key(0))[1][
+            "batch_stats"
+        ]
+
+    total, count, kept = None, 0, None
+    for inputs in batches:
+        # A norm keeps m * old + (1 - m) * batch; from zeros and from ones, both m and the batch's own are known.
+        by_zero = updated(0.0, inputs)
+        if kept is None:
+            kept = jax.tree.map(jnp.subtract, updated(1.0, inputs), by_zero)
+        own = jax.tree.map(lambda value, m: value / (1 - m), by_zero, kept)
+        total = own if total is None else jax.tree.map(jnp.add, total, own)
+        count += 1
+    if total is None:
+        raise ValueError("batches is empty: give at least one batch of inputs")
+    return {**variables, "batch_stats": jax.tree.map(lambda value: value / count, total)}
+
+
+def with_ratios(architecture: spec.Architecture, table: Any) -> spec.Architecture:
+    """The gated architecture with other ratios, static ones: what is deployed after training.
+
+    Args:
+      architecture: with gates.
+      table: [B, 2], shares of channels and columns that are dropped in each block.
+
+    Raises:
+      ValueError: if there are not as many ratios as blocks.
+    """
+    found = blocks(architecture)
+    rows = [[float(value) for value in row] for row in table]
+    if len(rows) != len(found):
+        raise ValueError(f"table must have {len(found)} rows, one for each block, got {len(rows)}")
+    gates = {path: layer.gate for path, layer in spec.walk(architecture) if isinstance(layer, spec.Conv)}
+    reads = readers(architecture)
+    for paths, (channels, columns) in zip(found, rows, strict=True):
+        for path in paths:
+            gate = gates[reads[path]]
+            if isinstance(gate, DynamicSpec):
+                changed = dataclasses.replace(gate, channels=channels, columns=columns)
+                architecture = spec.gate(architecture, changed, reads[path])
+    return architecture

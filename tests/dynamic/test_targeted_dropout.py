@@ -1,0 +1,165 @@
+"""Ratio ascent, sandwich training and calibration: what the network sees at each step, compiled once."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxeff import dynamic, models, training
+from jaxeff.dynamic import DynamicSpec
+
+PLAN = models.vgg((8, "M", 8, 8), num_classes=3, input_shape=(8, 8, 3))
+GATED = dynamic.gate(PLAN, DynamicSpec(channels=0.5, columns=0.5))
+NETWORK = models.Network(GATED, gate=dynamic.gate_layer)
+PATHS = dynamic.block_paths(GATED)
+X = np.random.default_rng(0).normal(size=(8, 8, 8, 3)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return jax.jit(NETWORK.init)(jax.random.key(0), X)
+
+
+def static(table):
+    return models.Network(dynamic.with_ratios(GATED, table), gate=dynamic.gate_layer)
+
+
+def test_the_ascent_climbs_to_each_target_and_stays():
+    schedule = dynamic.ratio_ascent([[0.3, 0.0], [0.12, 0.05]], start=0.1, increment=0.1, every=10)
+    expected = {0: (0.1, 0, 0.1, 0.05), 9: (0.1, 0, 0.1, 0.05), 10: (0.2, 0, 0.12, 0.05), 25: (0.3, 0, 0.12, 0.05)}
+    for step, ratios in expected.items():
+        np.testing.assert_allclose(schedule(step).reshape(-1), ratios, rtol=1e-6)
+    np.testing.assert_allclose(schedule(10_000), [[0.3, 0], [0.12, 0.05]], rtol=1e-6)
+
+
+def test_the_ascent_ends_when_it_says():
+    for target in (0.05, 0.1, 0.3, 0.33):
+        arguments = dict(start=0.1, increment=0.1, every=7)
+        steps, schedule = (
+            dynamic.ascent_steps([[target, 0]], **arguments),
+            dynamic.ratio_ascent([[target, 0]], **arguments),
+        )
+        assert float(schedule(steps)[0, 0]) == pytest.approx(target)
+        assert not steps or float(schedule(steps - 1)[0, 0]) < target - 1e-6
+
+
+def test_blocks_name_the_gates_of_the_variables():
+    assert PATHS == (("conv2/layer/gate",), ("conv3/layer/gate",))
+    residual = dynamic.gate(models.resnet(8), DynamicSpec(channels=0.5))
+    assert dynamic.block_paths(residual)[1] == ("stage2_block1/conv2/layer/gate",)
+
+
+def test_traced_ratios_do_what_static_ones_do(variables):
+    table = [[0.5, 0.25], [0.25, 0.75]]
+    traced = NETWORK.apply({**variables, "ratios": dynamic.ratio_variables(PATHS, table)}, X)
+    np.testing.assert_allclose(traced, static(table).apply(variables, X), rtol=1e-5, atol=1e-6)
+
+
+def test_every_sample_may_have_its_own_ratios(variables):
+    tables = np.random.default_rng(1).integers(0, 4, (len(X), 2, 2)) / 4
+    together = NETWORK.apply({**variables, "ratios": dynamic.ratio_variables(PATHS, np.moveaxis(tables, 0, -1))}, X)
+    for i, table in enumerate(tables):
+        expected = static(table).apply(variables, X[i : i + 1])
+        np.testing.assert_allclose(together[i : i + 1], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_compilation_trains_the_whole_ascent_and_its_step_is_part_of_the_state(variables):
+    schedule = dynamic.ratio_ascent([[0.5, 0.0], [0.75, 0.5]], start=0.0, increment=0.25, every=1)
+    functions = dynamic.targeted_dropout(training.from_linen(NETWORK), PATHS, schedule)
+    state = functions.init(jax.random.key(0), X)
+    assert state["ascent"] == {"step": 0}
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def step(state):
+        return functions.apply(state, X, True, jax.random.key(0))
+
+    for i in range(5):
+        outputs, kept = step(state)
+        if i in (0, 2):  # what the network does at a step is what it does with that step's ratios as static ones
+            expected, changed = static(schedule(i)).apply(
+                {name: value for name, value in state.items() if name != "ascent"}, X, True, mutable=["batch_stats"]
+            )
+            np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+            chex.assert_trees_all_close(kept["batch_stats"], changed["batch_stats"], rtol=1e-4, atol=1e-5)
+        state = {"params": state["params"], **kept}
+        assert set(state) == {"params", "batch_stats", "ascent"} and int(state["ascent"]["step"]) == i + 1
+    outputs, kept = functions.apply(state, X, False, None)
+    assert int(kept["ascent"]["step"]) == 5  # evaluation does not climb
+
+
+def test_the_training_loop_takes_it_as_it_is():
+    schedule = dynamic.ratio_ascent([[0.5, 0.0]] * 2, every=1)
+    functions = dynamic.targeted_dropout(training.from_linen(NETWORK), PATHS, schedule)
+    method = training.classification(*functions, optax.sgd(0.1), num_classes=3)
+    batch = {"image": jnp.asarray(X), "label": jnp.arange(8) % 3}
+    state = method.init(jax.random.key(0), batch)
+    step = jax.jit(method.step)
+    for _ in range(3):
+        state, metrics = step(state, batch)[:2]
+    assert int(state.model_state["ascent"]["step"]) == 3
+
+
+def test_the_sandwich_has_least_most_and_two_between(variables):
+    low, high = [[0.0, 0.0]] * 2, [[0.75, 0.5]] * 2
+    functions = dynamic.sandwich(training.from_linen(NETWORK), PATHS, low, high)
+    one = {**variables, "batch_stats": variables["batch_stats"]}
+    seen = []
+    inner = training.from_linen(NETWORK)._replace(
+        apply=lambda variables, *rest: (seen.append(variables["ratios"]), (None, {}))[1]
+    )
+    dynamic.sandwich(inner, PATHS, low, high).apply(one, X, True, jax.random.key(3))
+    ratios = np.asarray(seen[0]["conv2"]["layer"]["gate"]["channels"])
+    assert ratios.shape == (8,)
+    np.testing.assert_array_equal(ratios[:4], [0, 0, 0.75, 0.75])
+    assert ratios[4] == ratios[5] and ratios[6] == ratios[7] and ratios[4] != ratios[6]
+    assert ((ratios >= 0) & (ratios <= 0.75)).all()
+    outputs, state = functions.apply(variables, X, True, jax.random.key(3))
+    assert outputs.shape == (8, 3) and set(state) == {"batch_stats"}
+    expected = static(high).apply(variables, X)
+    np.testing.assert_allclose(functions.apply(variables, X, False, None)[0], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="a PRNG key is needed when train=True"):
+        functions.apply(variables, X, True, None)
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.BatchNorm(not train, momentum=0.9)(x)
+
+
+def test_calibrated_norms_have_the_statistics_of_the_batches():
+    batches = [np.random.default_rng(i).normal(2, 3, size=(16, 4)).astype(np.float32) for i in range(3)]
+    functions = training.from_linen(Normed())
+    variables = functions.init(jax.random.key(0), batches[0])
+    stats = dynamic.calibrate(functions, variables, batches)["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(stats["mean"], np.mean([b.mean(0) for b in batches], 0), rtol=1e-4)
+    np.testing.assert_allclose(stats["var"], np.mean([b.var(0) for b in batches], 0), rtol=1e-4)
+
+
+def test_calibration_is_for_the_given_ratios(variables):
+    table = [[0.5, 0.25], [0.25, 0.5]]
+    functions = training.from_linen(NETWORK)
+    ours = dynamic.calibrate(functions, variables, [X, X[::-1]], paths=PATHS, table=table)
+    expected = dynamic.calibrate(training.from_linen(static(table)), variables, [X, X[::-1]])
+    chex.assert_trees_all_close(ours, expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="batches is empty"):
+        dynamic.calibrate(functions, variables, [])
+    with pytest.raises(ValueError, match="variables have no batch_stats"):
+        dynamic.calibrate(functions, {"params": {}}, [X])
+
+
+def test_bad_schedules_and_tables_are_refused():
+    with pytest.raises(ValueError, match=r"targets must be \[blocks, 2\] \(channels, columns\), got shape \(2,\)"):
+        dynamic.ratio_ascent([0.5, 0.5], every=1)
+    with pytest.raises(ValueError, match=r"ratios are shares that are dropped, in \[0, 1\)"):
+        dynamic.ratio_ascent([[1.0, 0.0]], every=1)
+    with pytest.raises(ValueError, match="increment must be above 0 and every at least 1, got 0.05 and 0"):
+        dynamic.ratio_ascent([[0.5, 0.0]], every=0)
+    with pytest.raises(ValueError, match=r"table must be \[2, 2\], a pair for each block, got shape \(3, 2\)"):
+        dynamic.ratio_variables(PATHS, np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="table must have 2 rows, one for each block, got 1"):
+        dynamic.with_ratios(GATED, [[0.5, 0.5]])
