@@ -128,7 +128,8 @@ def conv_general_dilated(
         out_dtype=None if preferred_element_type is None else np.dtype(preferred_element_type),
     )
     # Inside `shard_map`, a shared operand becomes one that may differ, so that its gradient is summed over devices.
-    y = _conv(window, compat.vary(x, compat.varying_axes(k)), compat.vary(k, compat.varying_axes(x)))
+    x, k = compat.vary(x, compat.varying_axes(k)), compat.vary(k, compat.varying_axes(x))
+    y = (_small_conv if _is_small(window, k.shape, x.shape) else _conv)(window, x, k)
     # The canonical result is (batch, spatial..., features); out_spec says where lax's caller wants each of them.
     back = np.argsort((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]))
     return _permuted(y, tuple(int(axis) for axis in back))
@@ -153,6 +154,34 @@ def conv_impl(impl: Impl, *, unroll: int | None = None) -> Iterator[None]:
         raise ValueError(f"unroll must be >= 0 (0 makes every mapped axis a lax.map), got {unroll}")
     with _CHOICE((_checked_impl(impl), _CHOICE.value[1] if unroll is None else unroll)):
         yield
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _small_conv(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
+    """The convolution of a small map, whose gradients are products of patches too.
+
+    They are those that JAX writes, except that the patches are made again: they are as many times larger than the input
+    as the kernel has taps.
+    """
+    return lowering.by_patches(window, x, k)
+
+
+def _is_small(window: Window, k_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> bool:
+    """Whether a convolution has a small map and keeps its size: then forward pass and gradients do the same work."""
+    keeps = lowering.out_shape(window, x_shape, k_shape) == x_shape[1:-1]
+    plain = keeps and window.groups == 1 and {*window.strides, *window.lhs_dilation} == {1}
+    return plain and lowering.suits_patches(window, k_shape, x_shape)
+
+
+def _small_fwd(window, x, k):
+    return _small_conv(window, x, k), (x, k)
+
+
+def _small_bwd(window, residuals, g):
+    return jax.vjp(partial(lowering.by_patches, window), *residuals)[1](g)
+
+
+_small_conv.defvjp(_small_fwd, _small_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -102,7 +102,7 @@ def separate_calls(window: Window, k_shape: tuple[int, ...], x_shape: tuple[int,
         return 0
     if window.groups > MAX_SEPARATE_GROUPS:
         return 1
-    by_shifts = _suits_shifts(k_shape, x_shape) and not _suits_patches(window, k_shape, x_shape)
+    by_shifts = _suits_shifts(k_shape, x_shape) and not suits_patches(window, k_shape, x_shape)
     return window.groups * (math.prod(k_shape[:-2]) if by_shifts else 1)
 
 
@@ -131,10 +131,10 @@ def _suits_shifts(k_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> bool:
     return (larger or k_shape[-2] == 1) and math.prod(k_shape[:-2]) <= MAX_TAPS
 
 
-def _suits_patches(window: Window, k_shape, x_shape: tuple[int, ...]) -> bool:
+def suits_patches(window: Window, k_shape, x_shape: tuple[int, ...]) -> bool:
     """Whether one product of patches beats the convolution and the products of single taps."""
     positions = math.prod(out_shape(window, x_shape, k_shape))
-    many = k_shape[-2] >= MIN_PATCH_CHANNELS and math.prod(k_shape[:-2]) <= MAX_TAPS
+    many = k_shape[-2] >= MIN_PATCH_CHANNELS and 1 < math.prod(k_shape[:-2]) <= MAX_TAPS
     return many and 0 < positions <= MAX_PATCH_POSITIONS
 
 
@@ -149,8 +149,8 @@ def _weight_suits_shifts(window: Window, k_shape, x_shape: tuple[int, ...], dtyp
 def _dense(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
     if _is_pointwise(window, k.shape):
         return _pointwise(window, x, k)
-    if _suits_patches(window, k.shape, x.shape):
-        return _by_patches(window, x, k)
+    if suits_patches(window, k.shape, x.shape):
+        return by_patches(window, x, k)
     return _by_shifts(window, x, k) if _suits_shifts(k.shape, x.shape) else _direct(window, x, k)
 
 
@@ -184,7 +184,8 @@ def _for_eigen(window: Window, x: jax.Array, k: jax.Array) -> Window:
     )
 
 
-def _by_patches(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
+def by_patches(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
+    """`convolve` of one group as a product of patches, which JAX differentiates into such products."""
     patches = jnp.concatenate([view for _, view in _shifted_views(window, k.shape, x)], axis=-1)
     out = patches.shape[1:-1]
     real = sum(_real_count(window, tap, x.shape, out) for tap in np.ndindex(*k.shape[:-2]))

@@ -27,6 +27,11 @@ CASES = {
     "shifts_groups": dict(x=(2, 7, 8, 4), k=(3, 3, 2, 6), groups=2),
     "shifts_many_groups": dict(x=(2, 4, 5, 80), k=(2, 3, 2, 40), groups=40),
     "crops": dict(x=(2, 7, 8, 3), k=(3, 3, 3, 4), padding=((-1, 0), (2, -2))),
+    "small": dict(x=(2, 4, 4, 32), k=(3, 3, 32, 5)),
+    "small_stride": dict(x=(2, 5, 7, 32), k=(2, 3, 32, 5), strides=(2, 2)),
+    "small_crops": dict(x=(2, 6, 5, 32), k=(3, 3, 32, 5), strides=(2, 1), padding=((-1, 1), (2, -2))),
+    "small_valid": dict(x=(2, 5, 5, 32), k=(3, 3, 32, 5), padding="VALID"),
+    "small_dilated": dict(x=(2, 4, 4, 32), k=(3, 3, 32, 5), lhs=(2, 1), rhs=(1, 2), padding=((1, 1), (2, 2))),
     "pointwise": dict(x=(2, 7, 8, 3), k=(1, 1, 3, 4), strides=(2, 2)),
     "taps_beyond_counting": dict(x=(2, 9, 9, 3), k=(8, 8, 3, 4)),
 }

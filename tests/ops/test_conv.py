@@ -92,6 +92,7 @@ DEPTHWISE = dict(channels=3, features=3, groups=3)
 TWICE = dict(channels=3, features=6, groups=3)
 MANY = dict(space=(4, 5), channels=80, features=40, groups=40)
 BIG = dict(kernel=(8, 8))
+SMALL = dict(space=(4, 4), channels=32, features=5)
 WIDE = dict(batch=8, space=(7, 8), channels=8, features=20)
 CASES = {
     **{
@@ -145,6 +146,12 @@ CASES = {
     "big-kernel-no-output": case(batch=8, space=(7, 8), kernel=(9, 9), padding="VALID"),
     "wide-row-kernel": case(**WIDE, kernel=(1, 3)),
     "wide-column-kernel": case(**WIDE, kernel=(3, 1)),
+    "small": case(**SMALL),
+    "small-stride2-lower": case(**{**SMALL, "space": (5, 7)}, strides=(2, 2), padding="SAME_LOWER", kernel=(2, 3)),
+    "small-negative": case(**{**SMALL, "space": (6, 5)}, padding=NEGATIVE, strides=(2, 1)),
+    "small-both-dilated": case(**SMALL, lhs=(2, 1), rhs=(1, 2), padding=((0, 1), (2, 1)), strides=(2, 1)),
+    "small-kernel-beyond-input": case(**{**SMALL, "space": (1, 2)}, kernel=(5, 3)),
+    "small-3d": case(**{**SMALL, "space": (2, 3, 2)}, kernel=(2, 3, 2)),
     "1d": case(space=(9,), kernel=(4,), strides=(2,), padding=((-1, 3),)),
     "1d-dilated-groups": case(space=(9,), kernel=(3,), rhs=(2,), lhs=(2,), padding=((0, 1),), **TWO),
     "3d": case(space=(4, 5, 3), kernel=(2, 3, 2), strides=(1, 2, 1)),
@@ -202,14 +209,14 @@ def test_outside_loops_the_forward_pass_is_bit_equal_to_lax():
     np.testing.assert_array_equal(canonical(x, k, (2, 2), "SAME"), stock(x, k, (2, 2), "SAME"))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_gradient_of_gradient_equals_that_of_lax(groups):
-    x, k = normal(0, 2, 6, 5, 4), normal(1, 3, 2, 4 // groups, 2)
+@pytest.mark.parametrize(("groups", "channels", "strides"), [(1, 4, (2, 1)), (2, 4, (2, 1)), (1, 32, (1, 1))])
+def test_gradient_of_gradient_equals_that_of_lax(groups, channels, strides):
+    x, k = normal(0, 2, 4, 3, channels), normal(1, 3, 2, channels // groups, 2)
     dx, dk = normal(2, *x.shape), normal(3, *k.shape)
 
     def curvature(conv):
         def loss(x, k):
-            return jnp.sum(jnp.sin(conv(x, k, (2, 1), "SAME", feature_group_count=groups)))
+            return jnp.sum(jnp.sin(conv(x, k, strides, "SAME", feature_group_count=groups)))
 
         def slope(x, k):
             gx, gk = jax.grad(loss, (0, 1))(x, k)
@@ -229,10 +236,11 @@ def test_forward_mode_needs_lax():
         jax.jvp(lambda x: canonical(x, k, (1, 1), "SAME"), (x,), (x,))
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_bfloat16_in_float32_out(groups):
-    x, k = (normal(i, *s).astype(jnp.bfloat16) for i, s in enumerate([(2, 6, 6, 4), (3, 3, 4 // groups, 4)]))
-    exact = by_loops(x, k, (1, 1), [(1, 1), (1, 1)], (1, 1), (1, 1), groups, cotangent=np.ones((2, 6, 6, 4)))
+@pytest.mark.parametrize(("groups", "side", "channels"), [(1, 6, 4), (4, 6, 4), (1, 3, 32)])
+def test_bfloat16_in_float32_out(groups, side, channels):
+    shapes = [(2, side, side, channels), (3, 3, channels // groups, 4)]
+    x, k = (normal(i, *s).astype(jnp.bfloat16) for i, s in enumerate(shapes))
+    exact = by_loops(x, k, (1, 1), [(1, 1), (1, 1)], (1, 1), (1, 1), groups, cotangent=np.ones((2, side, side, 4)))
     conv = partial(canonical, window_strides=(1, 1), padding="SAME", feature_group_count=groups)
 
     def both(x, k):
@@ -309,23 +317,33 @@ def test_auto_hands_to_lax_what_only_lax_does():
 CLIENTS = 3
 
 
-def clients(in_axes, groups=1):
+def clients(in_axes, groups=1, channels=4):
     """Operands with their mapped axes where `in_axes` says, and the pairs of operands that each client has."""
-    both = normal(0, CLIENTS, 2, 5, 6, 4), normal(1, CLIENTS, 3, 3, 4 // groups, 4)
+    both = normal(0, CLIENTS, 2, 3, 5, channels), normal(1, CLIENTS, 3, 3, channels // groups, 4)
     at = [a[0] if axis is None else np.moveaxis(a, 0, axis) for a, axis in zip(both, in_axes, strict=True)]
     each = [[a[0 if axis is None else i] for a, axis in zip(both, in_axes, strict=True)] for i in range(CLIENTS)]
     return at, each
 
 
 @pytest.mark.parametrize(
-    ("in_axes", "groups", "unroll"),
-    [((0, None), 1, 32), ((0, None), 1, 0), ((None, 0), 1, 32), ((None, 0), 1, 0), ((0, 0), 2, 32), ((1, -1), 1, 0)],
+    ("in_axes", "groups", "unroll", "channels"),
+    [
+        ((0, None), 1, 32, 4),
+        ((0, None), 1, 0, 4),
+        ((None, 0), 1, 32, 4),
+        ((None, 0), 1, 0, 4),
+        ((0, 0), 2, 32, 4),
+        ((1, -1), 1, 0, 4),
+        ((0, None), 1, 32, 32),
+        ((1, -1), 1, 32, 32),
+    ],
 )
-def test_vmap_equals_a_loop(in_axes, groups, unroll):
-    at, each = clients(in_axes, groups)
+def test_vmap_equals_a_loop(in_axes, groups, unroll, channels):
+    at, each = clients(in_axes, groups, channels)
+    strides = (2, 1) if channels == 4 else (1, 1)
 
     def both(conv, x, k):
-        y, vjp = jax.vjp(lambda x, k: conv(x, k, (2, 1), "SAME", feature_group_count=groups), x, k)
+        y, vjp = jax.vjp(lambda x, k: conv(x, k, strides, "SAME", feature_group_count=groups), x, k)
         return y, *vjp(jnp.cos(y))
 
     with conv_impl("auto", unroll=unroll):
