@@ -30,9 +30,11 @@ from jax import lax
 MAX_SEPARATE_GROUPS = 32
 # Above this many taps (a 7x7 kernel), one product per tap loses to a single convolution.
 MAX_TAPS = 49
-# Up to so many output positions, and from so many input channels, one product of patches beats the convolution: on two
-# cores 5 times at 2x2x512 and batch 1, 1.1 to 1.5 times at 4x4; at 8x8 the convolution is faster from batch 8 on.
+# Up to so many output positions, of one image and of all, and from so many input channels, one product of patches beats
+# every other form: at 4x4x512 and two cores its gradients take 0.35 (batch 1) to 0.6 (batch 8) of the convolution's
+# time, and as long at batch 32, where the patches would only take memory.
 MAX_PATCH_POSITIONS = 16
+MAX_PATCH_ROWS = 256
 MIN_PATCH_CHANNELS = 32
 # With fewer input channels (a first layer, a batch of few images) Eigen's convolution is no faster than other forms.
 MIN_EIGEN_CHANNELS = 8
@@ -134,8 +136,8 @@ def _suits_shifts(k_shape: tuple[int, ...], x_shape: tuple[int, ...]) -> bool:
 def suits_patches(window: Window, k_shape, x_shape: tuple[int, ...]) -> bool:
     """Whether one product of patches beats the convolution and the products of single taps."""
     positions = math.prod(out_shape(window, x_shape, k_shape))
-    many = k_shape[-2] >= MIN_PATCH_CHANNELS and 1 < math.prod(k_shape[:-2]) <= MAX_TAPS
-    return many and 0 < positions <= MAX_PATCH_POSITIONS
+    few = 0 < positions <= MAX_PATCH_POSITIONS and x_shape[0] * positions <= MAX_PATCH_ROWS
+    return few and k_shape[-2] >= MIN_PATCH_CHANNELS and 1 < math.prod(k_shape[:-2]) <= MAX_TAPS
 
 
 def _weight_suits_shifts(window: Window, k_shape, x_shape: tuple[int, ...], dtype: Any) -> bool:
@@ -186,11 +188,11 @@ def _for_eigen(window: Window, x: jax.Array, k: jax.Array) -> Window:
 
 def by_patches(window: Window, x: jax.Array, k: jax.Array) -> jax.Array:
     """`convolve` of one group as a product of patches, which JAX differentiates into such products."""
-    patches = jnp.concatenate([view for _, view in _shifted_views(window, k.shape, x)], axis=-1)
-    out = patches.shape[1:-1]
-    real = sum(_real_count(window, tap, x.shape, out) for tap in np.ndindex(*k.shape[:-2]))
+    out, taps = out_shape(window, x.shape, k.shape), tuple(np.ndindex(*k.shape[:-2]))
+    patches = jnp.concatenate([_shifted(window, tap, out, x) for tap in taps], axis=-1)
+    real = sum(_real_count(window, tap, x.shape, out) for tap in taps)
     dims = (((x.ndim - 1,), (0,)), ((), ()))
-    with jax.named_scope(f"real_positions_{real}_of_{math.prod(out) * math.prod(k.shape[:-2])}"):
+    with jax.named_scope(f"real_positions_{real}_of_{math.prod(out) * len(taps)}"):
         y = lax.dot_general(patches, k.reshape(-1, k.shape[-1]), dims, window.precision, _accumulator(x, window))
     return y.astype(window.out_dtype or x.dtype)
 
@@ -336,6 +338,18 @@ def _shifted_views(window: Window, k_shape, x: jax.Array) -> Iterator[tuple[tupl
         start = [t * d for t, d in zip(tap, window.rhs_dilation, strict=True)]
         stop = [a + (o - 1) * s + 1 for a, o, s in zip(start, out, strides, strict=True)]
         yield tap, lax.slice(padded, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1))
+
+
+def _shifted(window: Window, tap: tuple[int, ...], out: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """One of `_shifted_views` from the input itself: what is differentiated is then no larger than the input either."""
+    margins = []
+    for axis, (low, _) in enumerate(window.padding):
+        before = low - tap[axis] * window.rhs_dilation[axis]
+        reach = (out[axis] - 1) * window.strides[axis] + 1
+        dilation = window.lhs_dilation[axis]
+        margins.append((before, reach - before - dilated(x.shape[1 + axis], dilation), dilation - 1))
+    view = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
+    return lax.slice(view, (0,) * x.ndim, view.shape, (1, *window.strides, 1))
 
 
 def _with_margins(window: Window, x: jax.Array) -> jax.Array:
