@@ -78,6 +78,16 @@ def legend(figure: Any, names: Sequence[str], *, lines: bool = True) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=INK)
 
 
+def layer_axis(ax: Any, layers: Sequence[str]) -> None:
+    """Puts the names of layers at 0, 1, ... of the horizontal axis, turned where there are many or long ones."""
+    turned = len(layers) > 5 or max(map(len, layers), default=0) > 9
+    ax.set_xticks(range(len(layers)), layers, rotation=55 if turned else 0, ha="right" if turned else "center")
+    ax.tick_params(axis="x", labelsize=8)
+    if turned:
+        for label in ax.get_xticklabels():
+            label.set_rotation_mode("anchor")
+
+
 def plain_log_ticks(axis: Any, low: float, high: float) -> None:
     """Ticks at 1, 2, 5 of each decade while there is room, written as plain numbers (20k, 1M)."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator

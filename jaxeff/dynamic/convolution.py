@@ -27,11 +27,13 @@ class Engine(NamedTuple):
       saves: along which of "channels", "columns" and "outputs" it leaves out what is dropped; elsewhere it masks.
       run: function (window, settings, x, kernel, kept) -> y.
       exact: whether it equals masking; False for an approximation, which "auto" never takes.
+      gpu: whether it is made for GPU; elsewhere it runs interpreted, and "auto" never takes it.
     """
 
     saves: tuple[str, ...]
     run: Callable[[Geometry, DynamicSpec, jax.Array, jax.Array, Kept], jax.Array]
     exact: bool = True
+    gpu: bool = False
 
 
 def conv(
@@ -103,7 +105,9 @@ def candidates(settings: DynamicSpec) -> list[str]:
     return [
         name
         for name, engine in ENGINES.items()
-        if engine.exact and all(getattr(settings, axis) for axis in engine.saves)
+        if engine.exact
+        and (jax.default_backend() == "gpu" or not engine.gpu)
+        and all(getattr(settings, axis) for axis in engine.saves)
     ]
 
 
@@ -130,6 +134,10 @@ def _shared(window, settings, x, kernel, kept):
 
 def _grouped(window, settings, x, kernel, kept):
     return engines.grouped_channels(window, settings.group_size, x, kernel, kept.channels)
+
+
+def _fused(window, settings, x, kernel, kept):
+    return engines.fused_channels(window, x, kernel, _units(kept, settings)).y
 
 
 def _columns(window, settings, x, kernel, kept):
@@ -161,6 +169,7 @@ ENGINES: dict[str, Engine] = {
     "channels": Engine(("channels",), _channels),
     "shared_channels": Engine(("channels",), _shared, exact=False),
     "grouped": Engine(("channels",), _grouped),
+    "fused": Engine(("channels",), _fused, gpu=True),
     "columns": Engine(("columns",), _columns),
     "channels_and_columns": Engine(("channels", "columns"), _both),
     "output_columns": Engine(("outputs",), _output_columns),

@@ -1,4 +1,4 @@
-"""How much each block of a network can drop: accuracy by block, ratio and dimension, and ratios under a budget.
+"""How much each block of a network can drop: accuracy by block, ratio and dimension.
 
 Nothing is trained again; norms have their running statistics. The whole grid is one compiled program, as the ratios are
 traced (`jaxeff.dynamic.masked_by_ratio`).
@@ -45,6 +45,11 @@ class Sensitivity:
         fine = np.logical_and.accumulate(self.accuracy >= dense - tolerance, axis=-1)
         return np.asarray(self.grid)[fine.sum(-1) - 1].T
 
+    @property
+    def losses(self) -> np.ndarray:
+        """How far accuracy falls below that of the network without gates, never below 0: [2, B, R]."""
+        return np.maximum(self.accuracy[..., :1] - self.accuracy, 0)
+
 
 def sensitivity(
     apply: Callable[[Mapping[str, Any], Any], jax.Array],
@@ -88,47 +93,6 @@ def sensitivity(
     accuracy = np.asarray(right, np.float64).reshape(table.shape[:3]) / count
     blocks = tuple(names) or tuple(f"block {i + 1}" for i in range(len(paths)))
     return Sensitivity(tuple(float(r) for r in grid), accuracy, blocks)
-
-
-def choose_ratios(
-    costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], budget: float, *, steps: int = 2000
-) -> tuple[int, ...]:
-    """One option for each block, of the least total loss whose total cost keeps a budget.
-
-    Args:
-      costs: of every option of every block, counted MACs or seconds; not negative.
-      losses: of the same options, for example the fall in accuracy of `Sensitivity`.
-      budget: what the costs may add up to.
-      steps: how finely costs are told apart; they are rounded up, so the budget is kept whatever this is.
-
-    Returns:
-      The index of the option of each block.
-
-    Raises:
-      ValueError: if no choice keeps the budget; the smallest reachable cost is named.
-    """
-    least = sum(min(row) for row in costs)
-    if least > budget:
-        raise ValueError(f"budget={budget:.6g} cannot be met: the cheapest options together cost {least:.6g}")
-    # From the cheapest choice on, what each option costs more, in steps of what is left of the budget.
-    unit = (budget - least) / steps or 1.0
-    best = np.full(steps + 1, np.inf)
-    best[0] = 0.0
-    chosen: list[np.ndarray] = []
-    for row, loss in zip(costs, losses, strict=True):
-        more = [int(np.ceil(round((cost - min(row)) / unit, 6))) for cost in row]
-        options = np.full((len(row), steps + 1), np.inf)
-        for i, (extra, value) in enumerate(zip(more, loss, strict=True)):
-            if extra <= steps:
-                options[i, extra:] = best[: steps + 1 - extra] + value
-        chosen.append(options.argmin(0))
-        best = options.min(0)
-    at, picks = int(best.argmin()), []
-    for row, pick in zip(reversed(costs), reversed(chosen), strict=True):
-        option = int(pick[at])
-        picks.append(option)
-        at -= int(np.ceil(round((row[option] - min(row)) / unit, 6)))
-    return tuple(reversed(picks))
 
 
 def _right(apply, paths, variables, batches, tables):

@@ -143,7 +143,7 @@ def draw_layer_statistics(statistics: Mapping[str, LayerStatistics], path: Path)
         if not math.isfinite(layer.quad_ratio):
             ratio.text(place, 0, "no first-\norder part", ha="center", va="bottom", fontsize=7, color=drawing.SOFT)
     for ax in (rms, kurtosis, ratio):
-        _layer_axis(ax, layers)
+        drawing.layer_axis(ax, layers)
     drawing.legend(figure, [f"projection {name}" for name in names])
     return drawing.save(figure, pathlib.Path(path))
 
@@ -167,7 +167,7 @@ def draw_gradient_norms(norms: Mapping[str, GradientNorms], path: Path) -> pathl
         ax.plot(range(len(values)), values, color=colour, marker=marker, ms=5, mew=0, lw=1.8, zorder=3)
     _log_axis(ax, [float(value) for found in norms.values() for value in found.norms])
     longest = max(norms.values(), key=lambda found: len(found.layers)).layers
-    _layer_axis(ax, longest)
+    drawing.layer_axis(ax, longest)
     ax.set_ylabel("Euclidean norm")
     drawing.legend(figure, [f"{name} ({_ratio(found)})" for name, found in norms.items()])
     return drawing.save(figure, pathlib.Path(path))
@@ -204,7 +204,7 @@ def draw_memory(reports: Mapping[str, MemoryReport], path: Path) -> pathlib.Path
         bars = totals.bar([place + shift for place in range(len(groups))], sizes, width, color=colour, zorder=3)
         labels = ["" if math.isnan(size) else f"{size:.2f}" for size in sizes]
         totals.bar_label(bars, labels, padding=2, fontsize=8, color=drawing.SOFT)
-    _layer_axis(by_layer, layers)
+    drawing.layer_axis(by_layer, layers)
     totals.set_xticks(range(len(groups)), groups)
     for ax in (by_layer, totals):
         ax.set_ylabel("MiB per example")
@@ -259,15 +259,6 @@ def _log_axis(ax: Any, values: Sequence[float]) -> None:
     low, high = min(shown) / 1.3, max(shown) * 1.3
     ax.set_ylim(low, high)
     drawing.plain_log_ticks(ax.yaxis, low, high)
-
-
-def _layer_axis(ax: Any, layers: Sequence[str]) -> None:
-    turned = len(layers) > 5 or max(map(len, layers), default=0) > 9
-    ax.set_xticks(range(len(layers)), layers, rotation=55 if turned else 0, ha="right" if turned else "center")
-    ax.tick_params(axis="x", labelsize=8)
-    if turned:
-        for label in ax.get_xticklabels():
-            label.set_rotation_mode("anchor")
 
 
 def _ratio(found: GradientNorms) -> str:

@@ -1,4 +1,4 @@
-"""The sensitivity sweep against one evaluation at a time, and choices under a budget against trying all."""
+"""The sensitivity sweep against one evaluation at a time."""
 
 import itertools
 
@@ -92,27 +92,6 @@ def test_bounds_are_the_last_ratio_before_accuracy_falls():
     np.testing.assert_array_equal(found.bounds(1.0), [[0.6, 0.6], [0.6, 0.6]])
 
 
-def test_choices_under_a_budget_are_the_best_of_all():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        costs = [sorted(rng.integers(1, 30, 4).tolist(), reverse=True) for _ in range(4)]
-        losses = [sorted(rng.random(4).round(3).tolist()) for _ in range(4)]
-        budget = float(rng.integers(sum(min(row) for row in costs), sum(max(row) for row in costs) + 1))
-        every = itertools.product(range(4), repeat=4)
-        best = min(
-            sum(loss[i] for loss, i in zip(losses, option, strict=True))
-            for option in every
-            if sum(cost[i] for cost, i in zip(costs, option, strict=True)) <= budget
-        )
-        # Whole costs and as many steps as the budget has units: nothing is rounded.
-        steps = max(1, int(budget - sum(min(row) for row in costs)))
-        chosen = dynamic.choose_ratios(costs, losses, budget, steps=steps)
-        assert sum(cost[i] for cost, i in zip(costs, chosen, strict=True)) <= budget
-        assert sum(loss[i] for loss, i in zip(losses, chosen, strict=True)) == pytest.approx(best)
-        rough = dynamic.choose_ratios(costs, losses, budget, steps=7)
-        assert sum(cost[i] for cost, i in zip(costs, rough, strict=True)) <= budget
-
-
 def test_bad_input_is_refused(trained):
     variables, images, labels = trained
     network = gated()
@@ -122,5 +101,3 @@ def test_bad_input_is_refused(trained):
             dynamic.sensitivity(network.apply, variables, images, labels, paths, grid=grid)
     with pytest.raises(ValueError, match=r"images and labels must be \[N, H, W, C\] and \[N\]"):
         dynamic.sensitivity(network.apply, variables, images, labels[:3], paths)
-    with pytest.raises(ValueError, match="budget=3 cannot be met: the cheapest options together cost 4"):
-        dynamic.choose_ratios([[2, 5], [2, 3]], [[1, 0], [1, 0]], 3)

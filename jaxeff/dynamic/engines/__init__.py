@@ -6,14 +6,17 @@ behind one signature.
 
 from jaxeff.dynamic.engines.channels import gathered_channels, shared_channels
 from jaxeff.dynamic.engines.columns import gathered_both, gathered_columns
+from jaxeff.dynamic.engines.fused import Fused, fused_channels
 from jaxeff.dynamic.engines.geometry import Geometry, convolve, geometry, out_size
 from jaxeff.dynamic.engines.grouped import grouped_channels, width_slices
 from jaxeff.dynamic.engines.outputs import output_columns, output_tiles
 from jaxeff.dynamic.engines.rows import of_groups
 
 __all__ = [
+    "Fused",
     "Geometry",
     "convolve",
+    "fused_channels",
     "gathered_both",
     "gathered_channels",
     "gathered_columns",

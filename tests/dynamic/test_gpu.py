@@ -1,0 +1,36 @@
+"""The fused kernel compiled for a GPU."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax import numpy as jnp
+
+from jaxeff import dynamic
+from jaxeff.dynamic import DynamicSpec
+from jaxeff.dynamic.convolution import candidates
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("group_size", [1, 16])
+@pytest.mark.parametrize("strides", [1, 2])
+def test_engines_equal_masking(dtype, group_size, strides):
+    x = jnp.maximum(jax.random.normal(jax.random.key(0), (4, 28, 28, 128), dtype), 0)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 128, 96), dtype) / 24
+    drops = DynamicSpec(channels=0.5, group_size=group_size)
+    assert "fused" in candidates(drops)
+
+    def run(engine):
+        settings = dataclasses.replace(drops, engine=engine)
+        y, pullback = jax.vjp(lambda x, k: dynamic.conv(x, k, settings, strides=strides), x, kernel)
+        return y, *pullback(y)
+
+    expected = jax.jit(lambda: run("mask"))()
+    for engine in candidates(drops):
+        for a, b in zip(jax.jit(lambda engine=engine: run(engine))(), expected, strict=True):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            # Products of float32 run in TF32 here, with ten bits.
+            assert np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(b), engine
