@@ -78,6 +78,40 @@ def network(
     section.branch_norm = config_dict.placeholder(str)
     section.branch_norm = branch_norm
     section.select = config_dict.placeholder(str)
+    section.gates = config_dict.placeholder(ConfigDict)
+    return section
+
+
+def gates(
+    channels: float | tuple[float, ...] | None,
+    columns: float | tuple[float, ...] | None = 0.0,
+    *,
+    rule: str = "ascent",
+    source: str | None = None,
+    macs: float | None = None,
+    seconds: float | None = None,
+    **settings: Any,
+) -> ConfigDict:
+    """What `network(...).gates` is set to: dynamic pruning of a network, see `jaxeff.dynamic`.
+
+    Shares of channels and columns that are dropped are one number, one for each block, or None: then they are chosen by
+    the sensitivity of the source, on `sensitivity_split`, so that a share `macs` of the multiply-accumulates or a share
+    `seconds` of the time of the gated convolutions is left.
+
+    `rule` is how the network learns: "ascent" raises the ratios from `start` by `increment` until they are reached
+    after `climb` of all steps; "sandwich" draws ratios between none and these; "none" trains nothing. `source` is the
+    network of the experiment, named before, whose weights it starts from. `calibrate` batches renew the norms in the
+    end. `settings` are these and those of `jaxeff.dynamic.DynamicSpec`, of which group_size and tile may be one for
+    each block.
+    """
+    section = ConfigDict({"rule": rule, "start": 0.1, "increment": 0.05, "climb": 0.5, "calibrate": 0})
+    section.update({"order": "parallel", "reduce": "mean", "ranking": "attention", "engine": "auto"})
+    for name in ("channels", "columns", "group_size", "tile"):
+        section[name] = config_dict.placeholder(object)
+    section.source, section.sensitivity_split = (config_dict.placeholder(str) for _ in range(2))
+    section.macs, section.seconds = (config_dict.placeholder(float) for _ in range(2))
+    section.update({"channels": channels, "columns": columns, "group_size": 1, "tile": 1})
+    section.update({"source": source, "macs": macs, "seconds": seconds, **settings})
     return section
 
 

@@ -1,13 +1,14 @@
-"""First-order and quadratic networks on 1,797 real handwritten digits, side by side.
+"""First-order, quadratic and dynamically pruned networks on 1,797 real handwritten digits, side by side.
 
     python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-About a minute on two CPU cores, less on a GPU. Expected: both networks above 0.97 test accuracy.
+About a minute on two CPU cores, less on a GPU. Expected: test accuracy above 0.97, of the pruned network above 0.96.
+That does half of the multiply-accumulates and, on maps this small, takes no less time: choosing costs what it saves.
 """
 
 from ml_collections import ConfigDict
 
-from configs.classification import base, network
+from configs.classification import base, gates, network
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -17,6 +18,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.batch_size = 64
     config.networks.first_order = network("cnn", widths=(16, 32, 64), pools=2)
     config.networks.quadratic = network("cnn", kind="quadralib", branch_norm="batch", widths=(8, 16, 32), pools=2)
+    config.networks.pruned = network("cnn", widths=(16, 32, 64), pools=2)
+    config.networks.pruned.gates = gates(0.5, group_size=4, increment=0.4 if arg == "smoke" else 0.05)
     config.optimizer.name = "adamw"
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0

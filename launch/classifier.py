@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from configs.classification import base
@@ -22,7 +23,7 @@ def network(section: Mapping[str, Any], dataset: data.Dataset, dtype: str = "flo
 
     Args:
       section: {"model": name, "options": {...}, "kind": name, "branch_norm": name or None, "select": glob or None,
-        "save": memory policy, "initialization": "kaiming" or "relinear"}.
+        "save": memory policy, "initialization": "kaiming" or "relinear"}; "gates" is for `launch.pruning`.
       dataset: gives the input shape and the number of classes.
       dtype: "float32" or "bfloat16", what the network computes in; parameters are float32.
 
@@ -32,8 +33,10 @@ def network(section: Mapping[str, Any], dataset: data.Dataset, dtype: str = "flo
     Raises:
       ValueError: for an unknown field, model, kind or dtype, listing the valid ones.
     """
-    known = ("model", "options", "kind", "branch_norm", "select", "save", "initialization")
+    known = ("model", "options", "kind", "branch_norm", "select", "save", "initialization", "gates")
     check_fields("network", section, known)
+    if section.get("gates") is not None:
+        raise ValueError("gates: only launch.train prunes; leave them out here")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     quadratic.get(section.get("kind", "first_order"))
@@ -54,18 +57,32 @@ def network(section: Mapping[str, Any], dataset: data.Dataset, dtype: str = "flo
     return models.Network(architecture, conv=conv, dense=dense, dtype=DTYPES[dtype])
 
 
-def method(module: models.Network, config: Mapping[str, Any], dataset: data.Dataset, steps: int) -> training.Method:
-    """Builds the classification method of a config: optimiser, restraint, label smoothing, average, augmentation."""
-    mean, deviation = data.channel_statistics(dataset.arrays["image"])
+def method(
+    module: models.Network,
+    config: Mapping[str, Any],
+    dataset: data.Dataset,
+    steps: int,
+    functions: training.ModelFunctions | None = None,
+) -> training.Method:
+    """Builds the classification method of a config: optimiser, restraint, label smoothing, average, augmentation.
+
+    `functions` are those of the module where something else than its own are trained.
+    """
     return training.classification(
-        *training.from_linen(module),
+        *(functions or training.from_linen(module)),
         optimizer(module, config, steps),
         num_classes=dataset.info.num_classes,
         label_smoothing=config["label_smoothing"],
         ema_decay=config["ema_decay"],
         augment=augmentation(config["augment"]),
-        preprocess=lambda images: data.standardise(images, mean, deviation),
+        preprocess=standardisation(dataset),
     )
+
+
+def standardisation(dataset: data.Dataset) -> Callable[[Any], jax.Array]:
+    """How networks see images: standardised by the channel statistics of a data set."""
+    mean, deviation = data.channel_statistics(dataset.arrays["image"])
+    return lambda images: data.standardise(images, mean, deviation)
 
 
 def optimizer(module: models.Network, config: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
@@ -79,6 +96,44 @@ def optimizer(module: models.Network, config: Mapping[str, Any], steps: int) -> 
     params = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
     labels = quadratic.parameter_groups(params, module.architecture)
     return optax.chain(tx, quadratic.restrain(labels, **restraint))
+
+
+def starting_from(variables: Mapping[str, Any], method: training.Method) -> training.Method:
+    """A method whose state starts with these variables; collections that they lack stay as they are."""
+
+    def init(key, batch):
+        state = method.init(key, batch)
+        rest = {name: tree for name, tree in variables.items() if name != "params"}
+        average = None if state.ema is None else variables["params"]
+        return state._replace(params=variables["params"], model_state={**state.model_state, **rest}, ema=average)
+
+    return method._replace(init=init)
+
+
+def variables_of(state: training.TrainState) -> dict[str, Any]:
+    """The variables to evaluate."""
+    return {"params": state.evaluation_params, **state.model_state}
+
+
+def batch_of(dataset: data.Dataset) -> dict[str, np.ndarray]:
+    """Two examples, for their shapes."""
+    return {name: array[:2] for name, array in dataset.arrays.items()}
+
+
+def tested(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    dataset: data.Dataset,
+    preprocess: Callable[[Any], jax.Array],
+    batch_size: int,
+) -> float:
+    """Accuracy of a network on a data set."""
+    apply = jax.jit(module.apply)
+    right = 0
+    for batch in data.padded_batches(dataset.arrays, batch_size):
+        logits = np.asarray(apply(variables, preprocess(batch["image"])))
+        right += int(((logits.argmax(-1) == batch["label"]) & (batch["mask"] > 0)).sum())
+    return right / len(dataset)
 
 
 def augmentation(section: Mapping[str, Any]) -> Callable[..., Any] | None:

@@ -52,8 +52,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     check_config(config)
     splits = [data.load(config["dataset"], config[f"{name}_split"]) for name in ("train", "score", "test")]
     classifier.check_task(splits[0])
-    mean, deviation = data.channel_statistics(splits[0].arrays["image"])
-    sets = Data(*splits, preprocess=lambda images: data.standardise(images, mean, deviation))
+    sets = Data(*splits, preprocess=classifier.standardisation(splits[0]))
     there = None if config["source"] is None else source_config(config)
     section = config["network"] if there is None else there["networks"][config["source_network"]]
     first_order = classifier.network(section, sets.train)
@@ -215,7 +214,7 @@ def trained(
     method = method_of(network, section["optimizer"], config, sets.train, steps)
     batches = data.Batches(sets.train.arrays, config["batch_size"], seed=seed)
     result = training.fit(
-        method if start is None else starting_from(start, method),
+        method if start is None else classifier.starting_from(start, method),
         lambda first: data.prefetch(batches.starting_at(first)),
         steps=steps,
         key=jax.random.key(seed),
@@ -226,7 +225,7 @@ def trained(
         keep=1,
         config={**plain_config(config), "stage": name, "seed": seed, "network": str(network.architecture)},
     )
-    return Trained(network, variables_of(result.state), result.evaluation["accuracy"])
+    return Trained(network, classifier.variables_of(result.state), result.evaluation["accuracy"])
 
 
 def restored(
@@ -235,10 +234,10 @@ def restored(
     """The source network as a run of `launch.train` left it."""
     steps = there["steps"] or there["epochs"] * (len(sets.train) // there["batch_size"])
     method = classifier.method(network, there, sets.train, steps)
-    like = jax.eval_shape(method.init, jax.random.key(0), batch_of(sets.train))
+    like = jax.eval_shape(method.init, jax.random.key(0), classifier.batch_of(sets.train))
     path = pathlib.Path(config["source"]) / config["source_network"] / f"seed{seed}" / CHECKPOINTS
     with training.Checkpoints(path) as checkpoints:
-        variables = variables_of(checkpoints.restore(like)[0])
+        variables = classifier.variables_of(checkpoints.restore(like)[0])
     return Trained(network, variables, tested(network, variables, config, sets))
 
 
@@ -331,23 +330,6 @@ def method_of(network, optimizer, config, train, steps) -> training.Method:
     return classifier.method(network, {**config, "optimizer": optimizer}, train, steps)
 
 
-def starting_from(variables: Mapping[str, Any], method: training.Method) -> training.Method:
-    """A method whose state starts with these variables."""
-
-    def init(key, batch):
-        state = method.init(key, batch)
-        rest = {name: tree for name, tree in variables.items() if name != "params"}
-        average = None if state.ema is None else variables["params"]
-        return state._replace(params=variables["params"], model_state=rest, ema=average)
-
-    return method._replace(init=init)
-
-
-def variables_of(state: training.TrainState) -> dict[str, Any]:
-    """The variables to evaluate."""
-    return {"params": state.evaluation_params, **state.model_state}
-
-
 def initial(network: models.Network, key: jax.Array) -> Mapping[str, Any]:
     """New variables of a network."""
     return initial_of(network)(key)
@@ -361,18 +343,7 @@ def initial_of(network: models.Network) -> Callable[[jax.Array], Mapping[str, An
 
 def tested(network: models.Network, variables: Mapping[str, Any], config: Mapping[str, Any], sets: Data) -> float:
     """Accuracy on the test images."""
-    apply = jax.jit(network.apply)
-    batches = data.padded_batches(sets.test.arrays, config["eval_batch_size"])
-    right = 0
-    for batch in batches:
-        logits = np.asarray(apply(variables, sets.preprocess(batch["image"])))
-        right += int(((logits.argmax(-1) == batch["label"]) & (batch["mask"] > 0)).sum())
-    return right / len(sets.test)
-
-
-def batch_of(dataset: data.Dataset) -> dict[str, np.ndarray]:
-    """Two examples, for their shapes."""
-    return {name: array[:2] for name, array in dataset.arrays.items()}
+    return classifier.tested(network, variables, sets.test, sets.preprocess, config["eval_batch_size"])
 
 
 def steps_of(config: Mapping[str, Any], name: str, train: data.Dataset) -> int:

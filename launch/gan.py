@@ -136,13 +136,10 @@ def feature_extractor(
         keep=1,
         config={**plain_config(section), "seed": config["seed"]},
     )
-    mean, deviation = data.channel_statistics(train.arrays["image"])
-    variables = {"params": result.state.evaluation_params, **result.state.model_state}
+    preprocess, variables = classifier.standardisation(train), classifier.variables_of(result.state)
 
     def features(images: np.ndarray) -> np.ndarray:
-        return training.features(
-            network, variables, images, preprocess=lambda images: data.standardise(images, mean, deviation)
-        )
+        return training.features(network, variables, images, preprocess=preprocess)
 
     return features, result.evaluation["accuracy"]
 

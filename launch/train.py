@@ -5,6 +5,9 @@
 Writes config.json, summary.json and figures/ to the work directory, and for every network and seed a folder with
 metrics.jsonl and checkpoints/. Started again with the same work directory it goes on where it stopped.
 
+Networks with gates are dynamically pruned: they learn under rising ratios, which are given or chosen by sensitivity,
+and are used with the fastest engine of every layer; their MACs are those that the gates leave, their latency is real.
+
 On several hosts, start it on each of them with the same work directory, which all of them must see, and with
 --config.distributed.coordinator_address=HOST:PORT (of host 0), --config.distributed.num_processes=N and
 --config.distributed.process_id=0 .. N-1. A signal to any of them makes all of them save and stop.
@@ -17,7 +20,7 @@ import jax
 
 from jaxeff import data, parallel, training
 from jaxeff.training.workdir import FIGURES, plain_config
-from launch import classifier, job
+from launch import classifier, job, pruning
 
 
 def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> dict[str, Any]:
@@ -39,26 +42,47 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     batch = config["batch_size"]
     sources = {seed: data.Batches(train.arrays, batch, seed=seed) for seed in config["seeds"]}
     steps = config["steps"] or config["epochs"] * sources[config["seeds"][0]].steps_per_epoch
-    modules = {name: classifier.network(net, train, config["dtype"]) for name, net in config["networks"].items()}
-    methods = {name: classifier.method(module, config, train, steps) for name, module in modules.items()}
-    reports = {name: classifier.costs_of(module, train.arrays["image"].shape[1:]) for name, module in modules.items()}
-    folders = {(name, seed): f"{name}/seed{seed}" for name in methods for seed in sources}
+    shape = train.arrays["image"].shape[1:]
+    gates = {name: net.get("gates") for name, net in config["networks"].items()}
+    modules = {name: pruning.network(net, train, config["dtype"]) for name, net in config["networks"].items()}
+    order = pruning.sources_first(gates, modules)
+    for name, module in modules.items():
+        pruning.method(module, gates[name], config, train, steps)
+    splits = {asked["sensitivity_split"] for asked in gates.values() if asked is not None} - {None}
+    held_out = {split: data.load(config["dataset"], split) for split in splits}
+    preprocess = classifier.standardisation(train)
+    reports = {name: classifier.costs_of(pruning.dense(module), shape) for name, module in modules.items()}
+    folders = {(name, seed): f"{name}/seed{seed}" for name in order for seed in sources}
     # Which machines do it is not part of what is done: a run that is resumed may have others.
     settings = {name: value for name, value in plain_config(config).items() if name != "distributed"}
     directory, _ = training.prepare_workdir(workdir, settings, overwrite, folders.values())
 
     # ---- training ----------------------------------------------------------------------------------------------------
-    results: dict[str, dict[int, training.FitResult]] = {name: {} for name in methods}
-    for name, method in methods.items():
-        for seed, source in sources.items():
+    results: dict[str, dict[int, training.FitResult]] = {name: {} for name in modules}
+    for (name, seed), folder in folders.items():
+        asked = gates[name]
+        start = None if asked is None or asked["source"] is None else results[asked["source"]][seed].state
+        if seed == config["seeds"][0] and asked is not None and asked["sensitivity_split"] is not None:
+            images, labels = (held_out[asked["sensitivity_split"]].arrays[key] for key in ("image", "label"))
+            found = (modules[name], asked, start, preprocess(images), labels, reports[name], config["latency_batch"])
+            path = directory / FIGURES / f"{name}_sensitivity.png"
+            table = parallel.on_first(lambda found=found, path=path: pruning.chosen(*found, path))
+            modules[name] = pruning.with_ratios(modules[name], table)
+            if parallel.is_first():
+                print(f"{name}: drops (channels, columns) of its blocks: {table}; figure: {path}")
+        method = pruning.method(modules[name], asked, config, train, steps, start)
+        if asked is not None and asked["rule"] == "none":
+            example = {key: array[:2] for key, array in train.arrays.items()}
+            result = training.FitResult(method.init(jax.random.key(seed), example), 0, [], {})
+        else:
             if parallel.is_first():
                 print(f"{name}, seed {seed}: {steps} steps of {batch} on {len(train)} images of {config['dataset']}")
-            results[name][seed] = training.fit(
+            result = training.fit(
                 method,
-                lambda start, source=source: data.prefetch(source.starting_at(start), sharding=rows_of),
+                lambda start, source=sources[seed]: data.prefetch(source.starting_at(start), sharding=rows_of),
                 steps=steps,
                 key=jax.random.key(seed),
-                workdir=directory / folders[name, seed],
+                workdir=directory / folder,
                 evaluate_on=lambda: data.padded_batches(test.arrays, config["eval_batch_size"]),
                 eval_every=config["eval_every"] or max(1, steps // 10),
                 log_every=config["log_every"],
@@ -68,12 +92,23 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
                 tensorboard=config["tensorboard"],
                 **placement,
             )
+        if asked is not None:
+            result = pruning.finished(result, modules[name], asked, method, train, test, config)
+        results[name][seed] = result
+
+    # ---- engines of pruned networks ----------------------------------------------------------------------------------
+    pruned: dict[str, Any] = {}
+    for name in (name for name, asked in gates.items() if asked is not None):
+        path = directory / FIGURES / f"{name}_speed.png"
+        pruned[name] = parallel.on_first(
+            lambda found=(modules[name], reports[name], config["latency_batch"], path): pruning.deployed(*found)
+        )
+        if parallel.is_first() and gates[name]["rule"] != "none":
+            print(f"{name}, calls of {config['latency_batch']} images:\n{pruned[name]['table']}\nfigure: {path}")
 
     # ---- comparison --------------------------------------------------------------------------------------------------
     trained = {name: (modules[name], next(iter(runs.values())).state) for name, runs in results.items()}
-    latency = parallel.on_first(
-        lambda: job.latencies(trained, train.arrays["image"].shape[1:], config["latency_batch"])
-    )
+    latency = parallel.on_first(lambda: job.latencies(trained, shape, config["latency_batch"]))
     rows = []
     for name, runs in results.items():
         total = reports[name].total
@@ -84,7 +119,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
                 "accuracy": sum(accuracy) / len(accuracy),
                 "accuracy_range": (min(accuracy), max(accuracy)),
                 "params": total.params,
-                "macs": total.macs,
+                "macs": pruned[name]["macs"] if name in pruned else total.macs,
                 "memory_bytes": total.residual_bytes,
                 "latency_ms": latency[name],
                 "train_seconds": job.seconds(runs.values(), steps * batch),
@@ -96,10 +131,14 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         "seeds": list(config["seeds"]),
         "latency_batch": config["latency_batch"],
         "networks": rows,
+        **({"pruned": pruned} if pruned else {}),
     }
     if parallel.is_first():
         figures = directory / FIGURES
-        histories = {name.replace("_", " "): runs[config["seeds"][0]].history for name, runs in results.items()}
+        first = config["seeds"][0]
+        histories = {
+            name.replace("_", " "): runs[first].history for name, runs in results.items() if runs[first].history
+        }
         training.learning_curves(histories, figures / "curves.png")
         training.comparison_figure(rows, figures / "comparison.png")
         training.write_summary(directory, summary)

@@ -67,6 +67,7 @@ def classification(
     preprocess: Callable[[jax.Array], jax.Array] = unit_range,
     axis_name: str | None = None,
     loss: Callable[[jax.Array, jax.Array], jax.Array] = optax.softmax_cross_entropy,
+    penalty: Callable[[Any, Any], jax.Array] | None = None,
 ) -> Method:
     """Returns the method that trains a classifier on batches {"image": [B, ...], "label": int [B] or float [B, K]}.
 
@@ -86,6 +87,7 @@ def classification(
       axis_name: mapped axis (shard_map, pmap, vmap) that splits the batch: gradients, metrics and model_state are
         averaged over it and each shard draws its own random numbers. `evaluate` is always a whole-batch function.
       loss: `(logits [B, K], targets [B, K]) -> [B]`.
+      penalty: `(params, model_state) -> scalar`, added to the mean loss of a step; model_state is that of the step.
 
     Returns:
       The method. Its state is a `TrainState`; step reports "loss", "accuracy", "grad_norm" (global L2 norm before
@@ -125,7 +127,10 @@ def classification(
             logits = logits.astype(jnp.float32)
             # The mean over the axis belongs inside the differentiated function: shard_map with checked replication
             # sums the gradient of replicated parameters by itself, and this makes that sum the mean as well.
-            value = _mean_over(loss(logits, smoothed).mean(), axis_name)
+            value = loss(logits, smoothed).mean()
+            if penalty is not None:
+                value = value + penalty(params, model_state)
+            value = _mean_over(value, axis_name)
             return value, (model_state, _correct(logits, targets).mean())
 
         (value, (model_state, accuracy)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)

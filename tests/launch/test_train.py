@@ -22,6 +22,7 @@ SMOKE = "configs/quickstart.py:smoke"
 
 def tiny(**changes) -> ConfigDict:
     config = quickstart.get_config("smoke")
+    del config.networks.pruned  # see test_pruning.py
     config.train_split, config.test_split = "train[:64]", "test[:40]"
     config.batch_size, config.epochs, config.eval_batch_size, config.latency_batch = 16, 2, 16, 4
     for section in config.networks.values():

@@ -1,0 +1,45 @@
+"""Dynamic pruning to less than half of the multiply-accumulates on Fashion-MNIST or CIFAR-10, three seeds.
+
+    JAXEFF_DATA=DIR python -m launch.train --config=configs/dynamic/accuracy.py:fashion_mnist --workdir=runs/pruned
+    JAXEFF_DATA=DIR python -m launch.train --config=configs/dynamic/accuracy.py:cifar10 --workdir=runs/pruned10
+
+A VGG of six convolutions is trained for two epochs. From its weights on, two networks are trained for two more:
+itself, and one whose gates drop more and more channels, 0.3 of them in the third block and 0.8 in the last. Without any
+training, the same gates rank by attention, at random and by inverse attention.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.classification import base, gates, network, sgd
+
+M = "M"
+# Most of the work is in wide layers on small maps, as in VGG-16; that is also where most can be dropped.
+PLAN = (16, M, 32, M, 64, 64, M, 256, 256)
+# 0.48 of the multiply-accumulates are left.
+RATIOS = (0.0, 0.0, 0.3, 0.8)
+
+
+def get_config(arg: str = "fashion_mnist") -> ConfigDict:
+    """The data set, or `smoke` for four steps on 64 images of digits."""
+    if arg not in (known := ("fashion_mnist", "cifar10", "smoke")):
+        raise ValueError(f"accuracy.py:{arg} is none of {', '.join(known)}")
+    smoke = arg == "smoke"
+    config = base("digits" if smoke else arg)
+    config.batch_size, config.epochs, config.seeds = 128, 2, (0, 1, 2)
+    plan, pace = PLAN, {}
+    if smoke:
+        config.train_split, config.test_split = "train[:64]", "test[:64]"
+        config.batch_size, config.steps, config.seeds = 16, 4, (0,)
+        plan, pace = (4, M, 4, M, 8, 8, M, 8, 8), {"increment": 0.4}
+    config.networks.dense = network("vgg", plan=plan)
+    for name, ratios in (("dense_trained_on", 0.0), ("pruned", RATIOS)):
+        config.networks[name] = network("vgg", plan=plan)
+        config.networks[name].gates = gates(ratios, source="dense", **pace)
+    for ranking in ("attention", "random", "inverse"):
+        name = f"untrained_by_{ranking}"
+        config.networks[name] = network("vgg", plan=plan)
+        config.networks[name].gates = gates(RATIOS, source="dense", rule="none", ranking=ranking, **pace)
+    config.optimizer = sgd(0.1, warmup=1 if smoke else 100)
+    config.augment.update({"crop": 2, "flip": True})
+    config.log_every = 50
+    return config

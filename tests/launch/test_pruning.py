@@ -1,0 +1,131 @@
+"""Dynamic pruning in the training job: sources, chosen ratios, what is left behind, and configs that fail at once."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs.classification import gates, network, sgd
+from configs.dynamic import accuracy
+from jaxeff import data, dynamic, training
+from launch import pruning, train
+
+PLAN = (4, "M", 8, 8)
+
+
+def tiny(**changes):
+    config = accuracy.get_config("smoke")
+    config.train_split, config.test_split = "train[:64]", "test[:40]"
+    config.eval_batch_size, config.latency_batch, config.steps = 20, 4, 6
+    config.networks = {name: network("vgg", plan=PLAN) for name in ("whole", "chosen", "sandwich", "untrained")}
+    pace = {"source": "whole", "increment": 0.5}
+    config.networks.chosen.gates = gates(None, macs=0.6, sensitivity_split="train[64:104]", **pace)
+    config.networks.sandwich.gates = gates(0.5, columns=0.25, rule="sandwich")
+    config.networks.untrained.gates = gates((0.5, 0.75), rule="none", source="sandwich", calibrate=2)
+    config.optimizer = sgd(0.05, warmup=1)
+    for name, value in changes.items():
+        config[name] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train.run(tiny().lock(), str(workdir))
+
+
+@pytest.mark.slow
+def test_a_run_leaves_everything_that_it_promises(finished):
+    workdir, summary = finished
+    assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    names = {row["name"] for row in summary["networks"]}
+    assert names == {"whole", "chosen", "sandwich", "untrained"} and set(summary["pruned"]) == names - {"whole"}
+    figures = {path.name for path in (workdir / "figures").iterdir()}
+    speeds = {f"{name}_speed.png" for name in summary["pruned"]}
+    assert figures == speeds | {"chosen_sensitivity.png", "curves.png", "comparison.png"}
+    for name in ("whole", "chosen", "sandwich"):
+        assert training.read_metrics(workdir / name / "seed0" / "metrics.jsonl")[-1]["step"] == 6
+
+
+@pytest.mark.slow
+def test_multiply_accumulates_are_those_that_the_gates_leave(finished):
+    _, summary = finished
+    macs = {row["name"]: row["macs"] for row in summary["networks"]}
+    # 3x3 convolutions 1-4 on 8x8, 4-8 and 8-8 on 4x4, and a dense layer 8-10.
+    first, second, third, head = 64 * 9 * 4, 16 * 9 * 32, 16 * 9 * 64, 80
+    assert macs["whole"] == first + second + third + head
+    assert macs["sandwich"] == first + round(0.375 * second) + round(0.375 * third) + head
+    assert macs["untrained"] == first + second // 2 + third // 4 + head
+    assert macs["chosen"] <= 0.6 * macs["whole"]
+    ratios = np.array(summary["pruned"]["chosen"]["ratios"])
+    assert ratios.shape == (2, 2) and not ratios[:, 1].any() and ratios[:, 0].any()
+
+
+@pytest.mark.slow
+def test_what_trains_starts_from_its_source_and_a_run_goes_on_where_it_stopped(finished, capsys):
+    workdir, summary = finished
+    timed = {"latency_ms", "train_seconds"}
+    again = train.run(tiny().lock(), str(workdir))
+    for before, after in zip(summary["networks"], again["networks"], strict=True):
+        assert {k: v for k, v in before.items() if k not in timed} == {k: v for k, v in after.items() if k not in timed}
+    assert again["pruned"]["chosen"]["ratios"] == summary["pruned"]["chosen"]["ratios"]
+    assert "drops (channels, columns) of its blocks" in capsys.readouterr().out
+
+
+def test_dense_networks_are_left_as_they_are():
+    digits = data.load("digits", "train[:8]")
+    section = network("vgg", plan=PLAN)
+    plain = pruning.network(section, digits)
+    section.gates = gates(0.5)
+    assert pruning.dense(pruning.network(section, digits)).architecture == plain.architecture
+    assert [list(row) for row in pruning.ratios(pruning.network(section, digits))] == [[0.5, 0.0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (gates(0.5, ratio=1), "unknown field ratio"),
+        (gates(0.5, rule="climb"), "rule must be one of 'ascent', 'sandwich', 'none', got 'climb'"),
+        (gates(0.5, climb=0.0), "climb is a share of the steps"),
+        (gates(None, source="whole", sensitivity_split="train"), "give one budget where a ratio is None"),
+        (gates(0.5, macs=0.5), "give one budget where a ratio is None"),
+        (gates(None, macs=0.5, source="whole"), "sensitivity_split must name images"),
+        (gates(None, macs=0.5, sensitivity_split="train"), "no source is named"),
+        (gates(None, 0.5, macs=0.5, sensitivity_split="train", source="whole"), "let the other be None or 0"),
+        (gates(0.5, rule="none"), "no source is named"),
+        (gates((0.5, 0.5, 0.5)), "channels has 3 entries, but the network has 2 blocks"),
+        (gates(1.5), "channels is the share that is dropped"),
+        (gates(0.5, group_size=3), "group_size=3 does not divide"),
+        (gates(0.5, increment=0.01), r"climb in 40 steps from 0.1 by 0.01, but there are only 3"),
+        (gates(0.5, source="other"), "a source must be another network of"),
+        (gates(0.5, source="sandwich"), "a source must be another network of"),
+        (gates(0.5, source="wide"), "its source 'wide' has parameters of other shapes"),
+    ],
+)
+def test_configs_fail_before_anything_is_written(tmp_path, asked, message):
+    sections = {"wide": network("vgg", plan=(8, "M", 8, 8)), "sandwich": network("vgg", plan=PLAN)}
+    sections["sandwich"].gates = asked
+    with pytest.raises(ValueError, match=message):
+        train.run(tiny(networks=sections).lock(), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_jobs_say_that_they_take_no_gates(tmp_path):
+    from configs.quadratic import convert_vgg
+    from launch import convert
+
+    config = convert_vgg.get_config("smoke")
+    config.dataset, config.train_split, config.score_split = "digits", "train[:64]", "train[64:104]"
+    config.network.gates = gates(0.5)
+    with pytest.raises(ValueError, match="gates: only launch.train prunes"):
+        convert.run(config.lock(), str(tmp_path / "run"))
+
+
+def test_rankings_and_blocks_reach_the_gates():
+    digits = data.load("digits", "train[:8]")
+    section = network("vgg", plan=PLAN)
+    section.gates = gates((0.5, 0.25), group_size=(2, 4), ranking="inverse", engine="mask")
+    module = pruning.network(section, digits)
+    found = {c.path: c.settings for c in dynamic.gated_calls(module, np.zeros((1, 8, 8, 1), np.float32))}
+    assert found["conv2/layer"] == dynamic.DynamicSpec(0.5, group_size=2, ranking="inverse", engine="mask")
+    assert found["conv3/layer"] == dynamic.DynamicSpec(0.25, group_size=4, ranking="inverse", engine="mask")
