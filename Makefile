@@ -44,7 +44,7 @@ gpu:
 	@# torch shares the GPU, so JAX must not take most of it; the benchmarks run even where a test fails.
 	@export JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false; status=0; \
 	$(PYTHON) -m pytest -m gpu -q -p no:cacheprovider $(wildcard tests/*/test_gpu.py) || status=1; \
-	for room in ops quadratic; do \
+	for room in ops quadratic dynamic; do \
 	  $(PYTHON) -m launch.bench.$$room --device gpu --json $(RESULTS)/$${room}_gpu.json || status=1; \
 	done; exit $$status
 

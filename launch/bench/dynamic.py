@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from jaxeff import costs, dynamic, models
+from jaxeff import costs, dynamic, models, training
 from jaxeff.dynamic import DynamicSpec, engines
 from jaxeff.dynamic.convolution import candidates
 from jaxeff.ops import autotune, conv_impl
@@ -199,12 +200,93 @@ def own_table() -> Iterator[None]:
                 os.environ["JAXEFF_CACHE_DIR"] = before
 
 
+def train_step(pairs: int) -> Iterator[dict[str, Any]]:
+    """Gradient of VGG-16 under AntiDote's ratios, with engines that are measured forward and backward, and masked."""
+    ratios, _ = VGG16["vgg16_antidote"]
+    for batch, target in ((8, 1.5), (32, None)):
+        images, labels = jax.random.normal(jax.random.key(1), (batch, 32, 32, 3)), jnp.arange(batch) % 10
+        run = {}
+        for name, sizes in {"mask": GROUPS["single"], **GROUPS}.items():
+            engine = "mask" if name == "mask" else "auto"
+            settings = [
+                DynamicSpec(channels=r, group_size=g, engine=engine) for r, g in zip(ratios, sizes, strict=True)
+            ]
+            network = gated(settings)
+            variables = jax.jit(network.init)(jax.random.key(0), images)
+
+            def loss(params, rest, images, network=network, labels=labels):
+                logits, _ = network.apply({"params": params, **rest}, images, True, mutable=["batch_stats"])
+                return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+            rest = {"batch_stats": variables["batch_stats"]}
+            with own_table():
+                if name != "mask":
+                    dynamic.tune(network, images, train=True)
+                run[name] = compiled(jax.grad(loss), variables["params"], rest, images)
+        times = contest(run, pairs=pairs, seconds=TURN)
+        best = times.fastest(*GROUPS)
+        for name in GROUPS:
+            yield results.time_ratio(
+                f"train_step.batch{batch}.{name}", times, "mask", name, better="higher", against="masked",
+                target=target if name == best else None,
+            )  # fmt: skip
+
+
+def compilations(pairs: int) -> Iterator[dict[str, Any]]:
+    """How often a step is traced in a whole ratio ascent, and a network in a whole sensitivity sweep."""
+    architecture = dynamic.gate(models.cnn((4, 8, 8), pools=1, input_shape=(8, 8, 1)), DynamicSpec())
+    network, paths = models.Network(architecture, gate=dynamic.gate_layer), dynamic.block_paths(architecture)
+    schedule = dynamic.ratio_ascent([[0.6, 0.3]] * len(paths), every=1)
+    functions = dynamic.targeted_dropout(training.from_linen(network), paths, schedule)
+    method = training.classification(*functions, optax.sgd(0.1), num_classes=10)
+    batch = {"image": jnp.ones((4, 8, 8, 1)), "label": jnp.arange(4)}
+    state, step = method.init(jax.random.key(0), batch), jax.jit(method.step)
+    steps = dynamic.ascent_steps([[0.6, 0.3]] * len(paths), every=1) + 2
+    for _ in range(steps):
+        state, _ = step(state, batch)
+    yield results.case(
+        "compilations.ascent", "compilations", step._cache_size(), better="lower", target=1, n=steps,
+        against=f"{steps} steps, every ratio another",
+    )  # fmt: skip
+    calls = []
+
+    def apply(variables, images):
+        calls.append(images.shape)
+        return network.apply(variables, images)
+
+    variables = {"params": state.params, "batch_stats": state.model_state["batch_stats"]}
+    found = dynamic.sensitivity(apply, variables, batch["image"], batch["label"], paths)
+    yield results.case(
+        "compilations.sensitivity", "compilations", len(calls), better="lower", target=1,
+        against=f"{found.accuracy.size} evaluations of a block at a ratio",
+    )  # fmt: skip
+
+
+def gpu_engines(pairs: int) -> Iterator[dict[str, Any]]:
+    """How many times faster than dense in bf16 a 3x3 convolution of 56x56x256 maps is, half of the channels dropped."""
+    for batch in (64, 256):
+        x, kernel = (a.astype(jnp.bfloat16) for a in layer(batch, 56, 256, 256))
+        drops = DynamicSpec(channels=0.5, group_size=32)
+        settings = {name: dataclasses.replace(drops, engine=name) for name in candidates(drops) if name != "mask"}
+        settings["fused_single"] = DynamicSpec(channels=0.5, engine="fused")
+        times, dense = beside_dense(pairs, settings, x, kernel)
+        best = times.fastest(*settings)
+        for name in settings:
+            yield results.time_ratio(
+                f"gpu_engines.batch{batch}.{name}", times, dense, name, against=f"dense ({dense})", better="higher",
+                target=1.5 if name == best else None,
+            )  # fmt: skip
+
+
 CASES = {
     **{case: partial(conv_engines, case) for case in ENGINES_OF},
     "efficiency": efficiency,
     **{case: partial(vgg16, case) for case in VGG16},
+    "train_step": train_step,
+    "compilations": compilations,
+    "gpu_engines": gpu_engines,
 }
-GPU: tuple[str, ...] = ()
+GPU = ("gpu_engines",)
 
 
 if __name__ == "__main__":
