@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import pathlib
 from collections.abc import Sequence
@@ -33,10 +34,16 @@ def figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: pathlib.Path) -> pathlib.Path:
-    """Writes a figure as PNG of `DPI` and returns the path; the file is at every moment whole."""
+    """Writes a figure as PNG of `DPI` and 256 colours and returns the path; the file is at every moment whole."""
+    from PIL import Image  # matplotlib needs it too
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=DPI)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI)
+    # A third of the bytes of true colour, which a notebook or README carries for ever.
+    small = Image.open(drawn).convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    small.save(temporary, format="png", optimize=True)
     temporary.replace(path)
     return path
 

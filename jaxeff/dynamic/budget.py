@@ -216,7 +216,8 @@ def _layer_seconds(call, pairs, rounds) -> tuple[list[float], float]:
         settings = dataclasses.replace(call.settings, channels=channels, columns=columns)
         if channels or columns:
             at = call._replace(settings=settings)
-            forms |= {(number, name): with_engine(at, name) for name in convolution.candidates(settings)}
+            names = convolution.candidates(settings, call.x, call.window)
+            forms |= {(number, name): with_engine(at, name) for name in names}
     times = {
         key: statistics.median(values) for key, values in autotune.seconds(forms, (call.x, call.kernel), rounds).items()
     }

@@ -27,13 +27,15 @@ class Engine(NamedTuple):
       saves: along which of "channels", "columns" and "outputs" it leaves out what is dropped; elsewhere it masks.
       run: function (window, settings, x, kernel, kept) -> y.
       exact: whether it equals masking; False for an approximation, which "auto" never takes.
-      gpu: whether it is made for GPU; elsewhere it runs interpreted, and "auto" never takes it.
+      gpu: whether it is made for GPU; elsewhere "auto" never takes it.
+      misfit: function (window, settings, dtype) -> why it cannot compute a convolution, or None.
     """
 
     saves: tuple[str, ...]
     run: Callable[[Geometry, DynamicSpec, jax.Array, jax.Array, Kept], jax.Array]
     exact: bool = True
     gpu: bool = False
+    misfit: Callable[[Geometry, DynamicSpec, Any], str | None] = lambda window, settings, dtype: None
 
 
 def conv(
@@ -100,14 +102,15 @@ def resolved(settings: DynamicSpec, kept: Kept, x: Any, kernel: Any, window: Geo
     return "mask" if missing else name
 
 
-def candidates(settings: DynamicSpec) -> list[str]:
-    """Names of the exact engines that save something under these settings, and "mask"."""
+def candidates(settings: DynamicSpec, x: Any, window: Geometry) -> list[str]:
+    """Names of the exact engines that can compute a convolution of x and save something there, and "mask"."""
     return [
         name
         for name, engine in ENGINES.items()
         if engine.exact
         and (jax.default_backend() == "gpu" or not engine.gpu)
         and all(getattr(settings, axis) for axis in engine.saves)
+        and not engine.misfit(window, settings, x.dtype)
     ]
 
 
@@ -140,6 +143,16 @@ def _fused(window, settings, x, kernel, kept):
     return engines.fused_channels(window, x, kernel, _units(kept, settings)).y
 
 
+def _slabs(window, settings, x, kernel, kept):
+    if jax.default_backend() != "gpu":
+        raise ValueError("engine 'slabs' needs a GPU; elsewhere take 'grouped', or 'auto'")
+    return engines.group_slabs(window, settings.group_size, x, kernel, kept.channels).y
+
+
+def _slab_misfit(window, settings, dtype):
+    return engines.misfit(window, settings.group_size, dtype)
+
+
 def _columns(window, settings, x, kernel, kept):
     size, flat = _flat(x)
     columns = selection.positions_of(kept.columns, settings.tile, size)
@@ -170,6 +183,7 @@ ENGINES: dict[str, Engine] = {
     "shared_channels": Engine(("channels",), _shared, exact=False),
     "grouped": Engine(("channels",), _grouped),
     "fused": Engine(("channels",), _fused, gpu=True),
+    "slabs": Engine(("channels",), _slabs, gpu=True, misfit=_slab_misfit),
     "columns": Engine(("columns",), _columns),
     "channels_and_columns": Engine(("channels", "columns"), _both),
     "output_columns": Engine(("outputs",), _output_columns),

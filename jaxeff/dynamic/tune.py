@@ -28,7 +28,8 @@ def tune(module: nn.Module, x: Any, *, train: bool = False) -> dict[str, str]:
     calls = {convolution.signature(c.settings, c.x, c.kernel, c.window): c for c in gated_calls(module, x)}
     found = {}
     for name, call in calls.items():
-        forms = {engine: with_engine(call, engine) for engine in convolution.candidates(call.settings)}
+        names = convolution.candidates(call.settings, call.x, call.window)
+        forms = {engine: with_engine(call, engine) for engine in names}
         if train:
             forms = {engine: _step(form) for engine, form in forms.items()}
         found[name] = autotune.fastest(forms, (call.x, call.kernel), rounds=9)

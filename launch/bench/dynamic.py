@@ -120,8 +120,9 @@ def efficiency(pairs: int) -> Iterator[dict[str, Any]]:
     for batch in (1, 8):
         for size, channels, features in LAYERS:
             drops = DynamicSpec(channels=0.5, group_size=channels // 8)
-            settings = {name: dataclasses.replace(drops, engine=name) for name in candidates(drops)}
             x, kernel = layer(batch, size, channels, features)
+            names = candidates(drops, x, engines.geometry(x.shape, kernel.shape))
+            settings = {name: dataclasses.replace(drops, engine=name) for name in names}
             forms = {name: partial(dynamic.conv, settings=chosen) for name, chosen in settings.items()}
             engine = autotune.fastest(forms, (x, kernel), rounds=max(9, pairs))
             times, dense = beside_dense(pairs, {"auto": settings[engine]}, x, kernel)
@@ -266,8 +267,9 @@ def gpu_engines(pairs: int) -> Iterator[dict[str, Any]]:
     """How many times faster than dense in bf16 a 3x3 convolution of 56x56x256 maps is, half of the channels dropped."""
     for batch in (64, 256):
         x, kernel = (a.astype(jnp.bfloat16) for a in layer(batch, 56, 256, 256))
-        drops = DynamicSpec(channels=0.5, group_size=32)
-        settings = {name: dataclasses.replace(drops, engine=name) for name in candidates(drops) if name != "mask"}
+        drops = DynamicSpec(channels=0.5, group_size=64)
+        names = candidates(drops, x, engines.geometry(x.shape, kernel.shape))
+        settings = {name: dataclasses.replace(drops, engine=name) for name in names if name != "mask"}
         settings["fused_single"] = DynamicSpec(channels=0.5, engine="fused")
         times, dense = beside_dense(pairs, settings, x, kernel)
         best = times.fastest(*settings)

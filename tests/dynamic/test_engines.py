@@ -14,7 +14,8 @@ from jaxeff import dynamic
 from jaxeff.dynamic import ENGINES, DynamicSpec, engines
 
 FAST = {"xla_backend_optimization_level": 0}
-EXACT = [name for name, engine in ENGINES.items() if engine.exact]
+# "slabs" runs in half precision on a GPU: tests/dynamic/test_slabs.py.
+EXACT = [name for name, engine in ENGINES.items() if engine.exact and name != "slabs"]
 
 
 def highest(scores, ratio):
@@ -124,7 +125,7 @@ def test_engines_equal_loops(name, batch, size, kernel, strides, padding):
     batch=st.integers(1, 9),
     height=st.integers(1, 5),
     width=st.integers(1, 5),
-    channels=st.sampled_from([1, 2, 6]),
+    channels=st.sampled_from([1, 2, 8]),  # divided by these, equal scores stay equal
     kernel=st.sampled_from([1, 3, 5]),
     strides=st.sampled_from([(1, 1), (2, 2)]),
     ratio=st.sampled_from([0.1, 0.5, 0.9]),

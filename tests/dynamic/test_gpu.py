@@ -1,4 +1,4 @@
-"""The fused kernel compiled for a GPU."""
+"""The kernels compiled for a GPU."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 from jax import numpy as jnp
 
 from jaxeff import dynamic
-from jaxeff.dynamic import DynamicSpec
+from jaxeff.dynamic import DynamicSpec, engines
 from jaxeff.dynamic.convolution import candidates
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +21,9 @@ def test_engines_equal_masking(dtype, group_size, strides):
     x = jnp.maximum(jax.random.normal(jax.random.key(0), (4, 28, 28, 128), dtype), 0)
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 128, 96), dtype) / 24
     drops = DynamicSpec(channels=0.5, group_size=group_size)
-    assert "fused" in candidates(drops)
+    window = engines.geometry(x.shape, kernel.shape, (strides, strides))
+    names = candidates(drops, x, window)
+    assert "fused" in names and ("slabs" in names) == (dtype == jnp.bfloat16 and group_size == 16 and strides == 1)
 
     def run(engine):
         settings = dataclasses.replace(drops, engine=engine)
@@ -29,7 +31,7 @@ def test_engines_equal_masking(dtype, group_size, strides):
         return y, *pullback(y)
 
     expected = jax.jit(lambda: run("mask"))()
-    for engine in candidates(drops):
+    for engine in names:
         for a, b in zip(jax.jit(lambda engine=engine: run(engine))(), expected, strict=True):
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
             # Products of float32 run in TF32 here, with ten bits.

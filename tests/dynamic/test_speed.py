@@ -61,10 +61,11 @@ def test_candidates_save_what_is_dropped():
         "columns": {"mask", "columns"},
         "outputs": {"mask", "output_columns", "output_tiles"},
     }
+    window = engines.geometry(X.shape, (3, 3, 3, 8))
     for axis, expected in names.items():
-        assert set(candidates(DynamicSpec(**{axis: 0.5}))) == expected
-    both = set(candidates(DynamicSpec(channels=0.5, columns=0.5)))
-    assert both == {"mask", "channels", "grouped", "columns", "channels_and_columns"}
+        assert set(candidates(DynamicSpec(**{axis: 0.5}), X, window)) == expected
+    both = candidates(DynamicSpec(channels=0.5, columns=0.5), X, window)
+    assert set(both) == {"mask", "channels", "grouped", "columns", "channels_and_columns"}
 
 
 def test_dense_forms_are_one_convolution():

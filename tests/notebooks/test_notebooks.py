@@ -48,7 +48,8 @@ def test_the_notebook_shows_its_results_and_nothing_of_the_machine(source):
 
 
 def test_an_unknown_notebook_is_an_error_that_lists_the_known():
-    with pytest.raises(SystemExit, match="no notebook is called nothing; there are: quadratic, quickstart"):
+    known = ", ".join(names(SOURCES))
+    with pytest.raises(SystemExit, match=f"no notebook is called nothing; there are: {known}$"):
         main(["nothing"])
 
 

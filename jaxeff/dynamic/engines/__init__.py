@@ -11,6 +11,7 @@ from jaxeff.dynamic.engines.geometry import Geometry, convolve, geometry, out_si
 from jaxeff.dynamic.engines.grouped import grouped_channels, width_slices
 from jaxeff.dynamic.engines.outputs import output_columns, output_tiles
 from jaxeff.dynamic.engines.rows import of_groups
+from jaxeff.dynamic.engines.slabs import group_slabs, misfit
 
 __all__ = [
     "Fused",
@@ -21,7 +22,9 @@ __all__ = [
     "gathered_channels",
     "gathered_columns",
     "geometry",
+    "group_slabs",
     "grouped_channels",
+    "misfit",
     "of_groups",
     "out_size",
     "output_columns",

@@ -12,7 +12,7 @@ along P, O and K.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxeff.dynamic.engines import rows
 from jaxeff.dynamic.engines.geometry import Geometry, convolve, out_size
+from jaxeff.dynamic.masks import mask_of
 
 
 class Tile(NamedTuple):
@@ -166,16 +167,33 @@ def _fwd(window, relu, tile, interpret, x, kernel, bias, channels):
 
 def _bwd(window, relu, tile, interpret, residuals, cotangents):
     x, kernel, bias, channels, y = residuals
-    g: Any = cotangents.y
-    if relu:
-        g = jnp.where(y > 0, g, 0)
-    # cuDNN's gradients of the masked convolution; those of a gather would scatter.
-    slots = rows.slots(channels, x.shape[-1])
-    mask = (slots < channels.shape[-1])[:, None, None]
-    _, pullback = jax.vjp(partial(convolve, window), jnp.where(mask, x, 0), kernel)
-    dx, dk = pullback(g)
-    by_bias = g.astype(jnp.float32).sum((0, 1, 2)).astype(bias.dtype)
-    return jnp.where(mask, dx, 0), dk, by_bias, rows.no_gradient(channels)
+    mask = mask_of(channels, x.shape[-1])
+    return *masked_gradients(window, x, kernel, bias, mask, y, cotangents.y), rows.no_gradient(channels)
 
 
 _fused.defvjp(_fwd, _bwd)
+
+
+def masked_gradients(
+    window: Geometry,
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    mask: jax.Array,
+    y: jax.Array | None,
+    g: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of x, kernel and bias: cuDNN's of the masked convolution, as those of a gather would scatter.
+
+    Args:
+      window, x, kernel, bias: as for `fused_channels`.
+      mask: bool [N, C], what is kept.
+      y: the output where a ReLU made it, else None.
+      g: gradient of the output.
+    """
+    if y is not None:
+        g = jnp.where(y > 0, g, 0)
+    there = mask[:, None, None]
+    _, pullback = jax.vjp(partial(convolve, window), jnp.where(there, x, 0), kernel)
+    dx, dk = pullback(g)
+    return jnp.where(there, dx, 0), dk, g.astype(jnp.float32).sum((0, 1, 2)).astype(bias.dtype)
