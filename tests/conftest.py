@@ -6,6 +6,10 @@ import pathlib
 # Before the first import of jax: tests run on CPU unless the caller chose a platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Most of the time goes to compiling programs that run for a millisecond, so LLVM need not optimise them; nor in the
+# processes that tests start. A flag of the caller's comes later, and wins.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax
 import pytest

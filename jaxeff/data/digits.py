@@ -1,6 +1,8 @@
 """The embedded data set: 1,797 real handwritten digits of 8x8 pixels that ship with scikit-learn."""
 
 import functools
+import importlib.util
+import pathlib
 
 import numpy as np
 
@@ -68,13 +70,20 @@ def split_rows(label: np.ndarray, test_size: int) -> tuple[np.ndarray, np.ndarra
 
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
+    found = importlib.util.find_spec("sklearn")
+    if found is None or found.origin is None:
         raise NotHere(
             'the digits that ship with scikit-learn: scikit-learn is not installed (pip install "jaxeff[data]")'
-        ) from None
-    bunch = load_digits()
-    sixteenths = bunch.images.astype(np.int32)
+        )
+    # The file itself, as importing scikit-learn takes seconds.
+    path = pathlib.Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if path.exists():
+        table = np.loadtxt(path, np.int32, delimiter=",")
+        sixteenths, label = table[:, :-1].reshape(-1, 8, 8), table[:, -1]
+    else:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        sixteenths, label = bunch.images.astype(np.int32), bunch.target.astype(np.int32)
     image = ((sixteenths * 255 + 8) // 16).astype(np.uint8)[..., None]
-    return image, bunch.target.astype(np.int32)
+    return image, label

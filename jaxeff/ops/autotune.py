@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 def table_path() -> pathlib.Path:
@@ -68,10 +70,8 @@ def seconds(
     Returns:
       The times of each form in the order of the rounds.
     """
-    key = jax.random.key(0)
-    leaves, tree = jax.tree.flatten(tuple(arguments))
-    filled = [jax.random.normal(jax.random.fold_in(key, i), a.shape, a.dtype) for i, a in enumerate(leaves)]
-    values = jax.tree.unflatten(tree, filled)
+    rng = np.random.default_rng(0)  # jax.random would compile a program for every shape
+    values = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape, np.float32), a.dtype), tuple(arguments))
     compiled = {name: jax.jit(form).lower(*values).compile() for name, form in forms.items()}
     times: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(rounds + 1):

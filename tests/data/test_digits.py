@@ -55,7 +55,16 @@ def test_largest_remainders_share_out_the_test_rows():
 
 
 def test_without_scikit_learn_the_reason_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     digits._digits.cache_clear()
     with pytest.raises(NotHere, match=r"jaxeff\[data\]"):
         digits.read_digits("train")
+
+
+def test_where_the_file_lies_elsewhere_scikit_learn_reads_it(monkeypatch):
+    expected = digits.read_digits("train").arrays
+    monkeypatch.setattr(digits.pathlib.Path, "exists", lambda path: False)
+    digits._digits.cache_clear()
+    for name, array in digits.read_digits("train").arrays.items():
+        assert array.dtype == expected[name].dtype
+        np.testing.assert_array_equal(array, expected[name])

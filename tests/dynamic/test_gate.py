@@ -12,7 +12,6 @@ import pytest
 from jaxeff import costs, dynamic, models, quadratic, spec
 from jaxeff.dynamic import DynamicSpec
 
-once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 HALF = DynamicSpec(channels=0.5)
 
 
@@ -157,7 +156,9 @@ def test_a_gated_network_is_the_masked_one_with_the_same_variables(engine):
     network = models.Network(dynamic.gate(PLAN, settings), gate=dynamic.gate_layer)
     variables, x = initialised(models.Network(PLAN), PLAN.input_shape)
     assert jax.tree.structure(initialised(network, PLAN.input_shape)[0]) == jax.tree.structure(variables)
-    np.testing.assert_allclose(once(network.apply)(variables, x), by_hand(variables, x, settings), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(network.apply)(variables, x), by_hand(variables, x, settings), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_ratios_may_be_traced_variables():
@@ -188,7 +189,7 @@ def test_quadratic_layers_are_gated_under_every_memory_policy(save):
             y, _ = gated.apply({**variables, "params": params}, x, True, mutable=["batch_stats"])
             return jnp.sum(y**2)
 
-        return once(jax.value_and_grad(loss))(variables["params"])
+        return jax.jit(jax.value_and_grad(loss))(variables["params"])
 
     expected, ours = (gradient(DynamicSpec(channels=0.5, engine=engine)) for engine in ("mask", "channels"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4), ours, expected)
@@ -219,7 +220,7 @@ def test_a_network_of_ones_own_is_gated_without_being_rewritten():
     variables, x = initialised(plain, (6, 6, 3))
     made, _ = initialised(gated, (6, 6, 3))
     jax.tree.map(np.testing.assert_array_equal, made, variables)
-    found = once(gated.apply)(variables, x)
+    found = jax.jit(gated.apply)(variables, x)
 
     p = variables["params"]
     y = nn.relu(nn.Conv(8, (3, 3)).apply({"params": p["first"]}, x))

@@ -31,7 +31,8 @@ def start(start_job):
             address = f"127.0.0.1:{free.getsockname()[1]}"
         flags = {"steps": STEPS, "seeds": (0, 1)}
         flags |= {"distributed.coordinator_address": address, "distributed.num_processes": 2}
-        devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+        four = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+        devices = {"XLA_FLAGS": four, "JAX_PLATFORMS": "cpu"}
         pair = []
         for index in range(2):
             changes = {**flags, "distributed.process_id": index}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -162,18 +163,18 @@ def test_an_unknown_field_on_the_command_line_lists_the_valid_ones(finished_job,
 
 @pytest.mark.slow
 def test_a_run_killed_in_the_middle_ends_in_the_same_parameters(start_job, finished_job, tmp_path, final_params):
-    options = ["--config.networks.first_order.options.widths=(2, 3, 4)", "--config.steps=150", "--config.log_every=5"]
-    whole = finished_job("train", SMOKE, tmp_path / "whole", *options)
+    config = pathlib.Path(__file__).with_name("pair_config.py")
+    whole = finished_job("train", config, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     nowhere = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = start_job("train", SMOKE, tmp_path / "cut", *options, **nowhere)
+    process = start_job("train", config, tmp_path / "cut", **nowhere)
     metrics = tmp_path / "cut" / "first_order" / "seed0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 128 + signal.SIGTERM
-    resumed = finished_job("train", SMOKE, tmp_path / "cut", *options)
+    resumed = finished_job("train", config, tmp_path / "cut")
     assert resumed.returncode == 0, resumed.stderr
     for name in ("first_order", "quadratic"):
         one, other = (final_params(tmp_path / run / name / "seed0") for run in ("whole", "cut"))
@@ -188,9 +189,7 @@ def test_a_run_killed_in_the_middle_ends_in_the_same_parameters(start_job, finis
 @pytest.mark.data
 @pytest.mark.slow
 def test_every_experiment_has_a_smoke_form_that_runs(finished_job, tmp_path, name):
-    # Compiling is all the time they take, and what is compiled does not matter here.
-    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    result = finished_job("train", f"configs/quadratic/{name}.py:smoke", tmp_path / name, env=env)
+    result = finished_job("train", f"configs/quadratic/{name}.py:smoke", tmp_path / name)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / name / "summary.json").read_text())["networks"]
 

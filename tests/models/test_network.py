@@ -14,8 +14,6 @@ from jaxeff import quadratic, spec
 from jaxeff.models import Network, architecture, cnn, first_order_conv, resnet, vgg
 
 KEY = jax.random.key(0)
-# Many small programs, each run once: compiling them is all that takes time.
-once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TINY_VGG = vgg((4, "M", 6), num_classes=3, input_shape=(6, 5, 2))
 TINY_CNN = cnn((3, 4), num_classes=2, input_shape=(4, 4, 1), norm=None)
 
@@ -68,7 +66,7 @@ def test_a_vgg_in_plain_jax():
     hidden = jax.nn.relu(step(x, "conv1", variables))
     hidden = lax.reduce_window(hidden, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     expected = classified(jax.nn.relu(step(hidden, "conv2", variables)), variables)
-    np.testing.assert_allclose(once(network.apply)(variables, x), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(network.apply)(variables, x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shortcut", ["pad", "projection", "identity"])
@@ -92,7 +90,7 @@ def test_a_residual_block_in_plain_jax(shortcut):
         short = np.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (2, 2)))
     elif shortcut == "projection":
         short = step(x, "shortcut", inside, strides)
-    np.testing.assert_allclose(once(network.apply)(variables, x), jax.nn.relu(branch + short), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(network.apply)(variables, x), jax.nn.relu(branch + short), rtol=1e-4, atol=1e-4)
 
 
 def test_other_layers_in_plain_jax():
@@ -118,7 +116,7 @@ def test_other_layers_in_plain_jax():
     y = grouped(y, "deep", 4, (1, 1), "VALID")
     y = (y[:, 0::2] + y[:, 1::2]) / 2
     expected = np.tanh(y.reshape(2, -1) @ params["head"]["kernel"] + params["head"]["bias"])
-    np.testing.assert_allclose(once(network.apply)(variables, x), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(network.apply)(variables, x), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- norms, dropout, precision ----------------------------------------------------------------------------------------
@@ -127,12 +125,12 @@ def test_other_layers_in_plain_jax():
 def test_batch_statistics_change_only_while_training():
     network, x = Network(TINY_VGG), normal(9, 3, 6, 5, 2)
     variables = variables_of(network)
-    _, changed = once(partial(network.apply, train=True, mutable=["batch_stats"]))(variables, x)
+    _, changed = jax.jit(partial(network.apply, train=True, mutable=["batch_stats"]))(variables, x)
     hidden = convolved(x, variables["params"]["conv1"]["layer"])
     stats = changed["batch_stats"]["conv1"]["norm"]
     expected = 0.9 * variables["batch_stats"]["conv1"]["norm"]["mean"] + 0.1 * hidden.mean((0, 1, 2))
     np.testing.assert_allclose(stats["mean"], expected, rtol=1e-4, atol=1e-5)
-    _, kept = once(partial(network.apply, mutable=["batch_stats"]))(variables, x)
+    _, kept = jax.jit(partial(network.apply, mutable=["batch_stats"]))(variables, x)
     jax.tree.map(np.testing.assert_array_equal, kept["batch_stats"], variables["batch_stats"])
 
 
@@ -167,7 +165,7 @@ def test_a_later_norm_does_not_replace_the_biases_inside_a_product():
         y, _ = network.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
         return jnp.sum(y**3)
 
-    gradient = once(jax.grad(loss))(variables["params"])["conv1"]["layer"]
+    gradient = jax.jit(jax.grad(loss))(variables["params"])["conv1"]["layer"]
     assert min(np.abs(gradient[name]).max() for name in ("bias_a", "bias_b")) > 1e-2
 
 
@@ -193,10 +191,10 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_outside():
     variables, x = variables_of(exact), normal(9, 2, 6, 5, 2)
     made = jax.eval_shape(half.init, KEY, jax.ShapeDtypeStruct(x.shape, x.dtype))
     assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype("float32")}
-    y, changed = once(partial(half.apply, train=True, mutable=["batch_stats"]))(variables, x)
+    y, changed = jax.jit(partial(half.apply, train=True, mutable=["batch_stats"]))(variables, x)
     assert set(seen) == {jnp.dtype("bfloat16")} and y.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(changed)} == {jnp.dtype("float32")}
-    expected, _ = once(partial(exact.apply, train=True, mutable=["batch_stats"]))(variables, x)
+    expected, _ = jax.jit(partial(exact.apply, train=True, mutable=["batch_stats"]))(variables, x)
     np.testing.assert_allclose(y, expected, rtol=0, atol=0.05 * np.abs(expected).max())
 
 
@@ -208,8 +206,8 @@ def test_networks_run_over_stacked_parameters():
     def loss(variables, x):
         return jnp.mean(network.apply(variables, x) ** 2)
 
-    values, grads = once(jax.vmap(jax.value_and_grad(loss), (0, None)))(stacked, x)
-    one = once(jax.value_and_grad(loss))
+    values, grads = jax.jit(jax.vmap(jax.value_and_grad(loss), (0, None)))(stacked, x)
+    one = jax.jit(jax.value_and_grad(loss))
     for i, variables in enumerate(each):
         value, grad = one(variables, x)
         np.testing.assert_allclose(values[i], value, rtol=1e-5)
@@ -240,7 +238,7 @@ def test_the_gate_factory_is_called_for_gated_layers_with_their_description(conv
         Network(spec.gate(TINY_CNN, {"ratio": 0.5}, "conv1"), conv, gate=factory),
     )
     variables, x = variables_of(plain), normal(9, 2, 4, 4, 1)
-    np.testing.assert_allclose(once(gated.apply)(variables, x), once(plain.apply)(variables, x / 2), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(gated.apply)(variables, x), jax.jit(plain.apply)(variables, x / 2), rtol=1e-5)
     assert called == [("conv1", {"ratio": 0.5})]
 
 
@@ -263,14 +261,14 @@ def test_quadratic_factories_make_first_order_layers_too():
         name: {"layer": {f"{array}_c": value for array, value in tree["layer"].items()}}
         for name, tree in variables["params"].items()
     }
-    expected = once(Network(TINY_CNN).apply)(variables, x)
-    np.testing.assert_allclose(once(network.apply)({"params": renamed}, x), expected, rtol=1e-6)
+    expected = jax.jit(Network(TINY_CNN).apply)(variables, x)
+    np.testing.assert_allclose(jax.jit(network.apply)({"params": renamed}, x), expected, rtol=1e-6)
 
 
 def test_a_quadratic_network_trains():
     net = spec.quadratize(vgg((4,), num_classes=3, input_shape=(4, 4, 2)), branch_norm="batch")
     network, x, labels = Network(net, conv=quadratic.conv_layer), normal(9, 6, 4, 4, 2), np.arange(6) % 3
-    variables = once(network.init)(KEY, x)
+    variables = jax.jit(network.init)(KEY, x)
 
     @jax.jit
     def train(variables):

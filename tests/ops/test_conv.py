@@ -18,8 +18,6 @@ from jaxeff.ops import conv_general_dilated, conv_impl
 CHANNELS_LAST = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 canonical = partial(conv_general_dilated, impl="canonical", dimension_numbers=CHANNELS_LAST[2])
 stock = partial(lax.conv_general_dilated, dimension_numbers=CHANNELS_LAST[2])
-# Many small programs, each run once: compiling them is all that takes time.
-once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed, *shape):
@@ -174,7 +172,7 @@ def test_forward_and_both_gradients_equal_loops(name):
         y, vjp = jax.vjp(lambda x, k: conv_general_dilated(x, k, *settings, impl="canonical"), x, k)
         return y, *vjp(g)
 
-    for actual, expected in zip(once(ours)(x, k, g), by_loops(x, k, *geometry, g), strict=True):
+    for actual, expected in zip(jax.jit(ours)(x, k, g), by_loops(x, k, *geometry, g), strict=True):
         assert_near(actual, expected)
 
 
@@ -198,8 +196,8 @@ def test_dimension_numbers_are_those_of_lax(numbers, x_shape, k_shape):
         y, vjp = jax.vjp(lambda x, k: conv(x, k, *settings), x, k)
         return y, *vjp(jnp.cos(y))
 
-    ours = once(partial(both, partial(conv_general_dilated, impl="canonical")))
-    theirs = once(partial(both, lax.conv_general_dilated))
+    ours = jax.jit(partial(both, partial(conv_general_dilated, impl="canonical")))
+    theirs = jax.jit(partial(both, lax.conv_general_dilated))
     for actual, expected in zip(ours(x, k), theirs(x, k), strict=True):
         assert_near(actual, expected)
 
@@ -222,7 +220,7 @@ def test_gradient_of_gradient_equals_that_of_lax(groups, channels, strides):
             gx, gk = jax.grad(loss, (0, 1))(x, k)
             return jnp.vdot(gx, dx) + jnp.vdot(gk, dk)
 
-        return once(jax.grad(slope, (0, 1)))(x, k)
+        return jax.jit(jax.grad(slope, (0, 1)))(x, k)
 
     for actual, expected in zip(curvature(canonical), curvature(stock), strict=True):
         assert_near(actual, expected)
@@ -247,7 +245,7 @@ def test_bfloat16_in_float32_out(groups, side, channels):
         wide, vjp = jax.vjp(lambda x, k: conv(x, k, preferred_element_type=jnp.float32), x, k)
         return wide, conv(x, k), vjp(jnp.ones_like(wide))
 
-    wide, narrow, grads = once(both)(x, k)
+    wide, narrow, grads = jax.jit(both)(x, k)
     assert wide.dtype == np.float32 and narrow.dtype == jnp.bfloat16
     assert_near(wide, exact[0])
     for actual, expected in zip(grads, exact[1:], strict=True):
@@ -347,8 +345,8 @@ def test_vmap_equals_a_loop(in_axes, groups, unroll, channels):
         return y, *vjp(jnp.cos(y))
 
     with conv_impl("auto", unroll=unroll):
-        actual = once(jax.vmap(partial(both, canonical), in_axes))(*at)
-    one = once(partial(both, stock))
+        actual = jax.jit(jax.vmap(partial(both, canonical), in_axes))(*at)
+    one = jax.jit(partial(both, stock))
     for ours, theirs in zip(actual, map(np.stack, zip(*[one(*pair) for pair in each], strict=True)), strict=True):
         assert_near(ours, theirs)
 
@@ -362,8 +360,8 @@ def test_gradient_of_vmap_equals_a_loop(unroll):
 
     with conv_impl("auto", unroll=unroll):
         mapped = jax.vmap(partial(loss, canonical))
-        actual = once(jax.grad(lambda x, k: mapped(x, k).sum(), (0, 1)))(*at)
-    one = once(jax.grad(partial(loss, stock), (0, 1)))
+        actual = jax.jit(jax.grad(lambda x, k: mapped(x, k).sum(), (0, 1)))(*at)
+    one = jax.jit(jax.grad(partial(loss, stock), (0, 1)))
     for ours, theirs in zip(actual, map(np.stack, zip(*[one(*pair) for pair in each], strict=True)), strict=True):
         assert_near(ours, theirs)
 
@@ -373,7 +371,7 @@ def test_nested_vmap_equals_loops(unroll):
     x, k = normal(0, 3, 2, 5, 5, 2), normal(1, 2, 3, 3, 2, 2)
     conv = partial(canonical, window_strides=(1, 1), padding="VALID")
     with conv_impl("auto", unroll=unroll):
-        actual = once(jax.vmap(jax.vmap(conv, (None, 0)), (0, None)))(x, k)
+        actual = jax.jit(jax.vmap(jax.vmap(conv, (None, 0)), (0, None)))(x, k)
     rows = [[stock(x[i], k[j], (1, 1), "VALID") for j in range(2)] for i in range(3)]
     assert_near(actual, np.stack([np.stack(row) for row in rows]))
 
@@ -453,14 +451,14 @@ def kernels(*axes):
 def test_scan_and_map_over_training_steps_equal_lax():
     k, batches = kernels(), normal(2, 3, 2, 6, 6, 3)
     expected, losses = k, []
-    stock_step = once(partial(step, stock))
+    stock_step = jax.jit(partial(step, stock))
     for x in batches:
         expected, value = stock_step(expected, x)
         losses.append(value)
-    actual, ours = once(partial(lax.scan, partial(step, canonical)))(k, batches)
+    actual, ours = jax.jit(partial(lax.scan, partial(step, canonical)))(k, batches)
     np.testing.assert_allclose(ours, losses, rtol=1e-5)
     jax.tree.map(assert_near, actual, expected)
-    mapped = once(lambda k, batches: lax.map(lambda x: step(canonical, k, x)[1], batches))(k, batches)
+    mapped = jax.jit(lambda k, batches: lax.map(lambda x: step(canonical, k, x)[1], batches))(k, batches)
     np.testing.assert_allclose(mapped, [stock_step(k, x)[1] for x in batches], rtol=1e-5)
 
 
@@ -494,7 +492,7 @@ def test_inside_shard_map_a_shared_kernel_gets_its_gradient(outside):
         def mapped(function):
             return jax.shard_map(function, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec())
 
-        return once(jax.grad(mapped(loss)) if outside else mapped(jax.grad(loss)))(k, x)
+        return jax.jit(jax.grad(mapped(loss)) if outside else mapped(jax.grad(loss)))(k, x)
 
     assert_near(gradient(canonical), gradient(stock))
 
@@ -505,9 +503,9 @@ def test_plugs_into_linen():
         nn.Conv(6, (3, 3), strides=2, conv_general_dilated=conv)
         for conv in (conv_general_dilated, lax.conv_general_dilated)
     )
-    params = once(theirs.init)(jax.random.key(0), x)
+    params = jax.jit(theirs.init)(jax.random.key(0), x)
     np.testing.assert_array_equal(ours.apply(params, x), theirs.apply(params, x))
-    gradients = [once(jax.grad(lambda p, m=m: jnp.sum(m.apply(p, x) ** 2)))(params) for m in (ours, theirs)]
+    gradients = [jax.jit(jax.grad(lambda p, m=m: jnp.sum(m.apply(p, x) ** 2)))(params) for m in (ours, theirs)]
     jax.tree.map(assert_near, *gradients)
 
 

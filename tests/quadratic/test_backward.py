@@ -11,8 +11,6 @@ from jax import numpy as jnp
 from jaxeff import costs
 from jaxeff.quadratic import QuadraticConv, QuadraticDense, conv_block, dense_block
 
-once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -27,7 +25,7 @@ def variables_of(layer, x):
 def gradients(layer, variables, x, g, piece_bytes=None):
     """Output, changed statistics and gradients by parameters and input of a layer in training."""
 
-    @once
+    @jax.jit
     def run(variables, x):
         rest = {name: value for name, value in variables.items() if name != "params"}
 
@@ -117,7 +115,7 @@ def test_gradients_through_both_norms_equal_differences_of_numpy(save):
         y, _ = dense_block(params, x, branch_norm="batch", out_norm="batch", act="tanh", save=save, piece_bytes=50)
         return jnp.sum(g * y)
 
-    found = jax.tree.leaves(once(jax.grad(ours, (0, 1)))(params, x))
+    found = jax.tree.leaves(jax.jit(jax.grad(ours, (0, 1)))(params, x))
     leaves, tree = jax.tree.flatten(jax.tree.map(np.float64, (params, x)))
     rng = np.random.default_rng(0)
     for i, leaf in enumerate(leaves):
@@ -172,7 +170,7 @@ def test_gradients_with_running_statistics_equal_plain_ones_and_keep_as_little(s
         return jnp.sum(jnp.sin(layer.clone(save=save).apply({"params": params, **rest}, x)))
 
     plain, ours = (
-        once(jax.grad(functools.partial(loss, save=s), (0, 1)))(variables["params"], x) for s in ("all", save)
+        jax.jit(jax.grad(functools.partial(loss, save=s), (0, 1)))(variables["params"], x) for s in ("all", save)
     )
     jax.tree.map(functools.partial(assert_close, save, tolerance=1e-4), plain, ours)
     kept = costs.analyze(functools.partial(loss, save=save), variables["params"], x).total.residual_bytes
@@ -247,7 +245,7 @@ def test_policies_under_vmap_equal_the_layers_one_by_one():
         return jnp.sin(layer.apply({"params": params, **rest}, x, True, mutable=["batch_stats"])[0]).sum()
 
     rest = {"batch_stats": variables["batch_stats"]}
-    mapped = once(jax.vmap(jax.grad(loss)))(variables["params"], rest, x)
+    mapped = jax.jit(jax.vmap(jax.grad(loss)))(variables["params"], rest, x)
     for i in range(2):
         alone = jax.grad(loss)(*jax.tree.map(lambda leaf, i=i: leaf[i], (variables["params"], rest, x)))
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=2e-5), mapped, alone)

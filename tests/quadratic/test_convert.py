@@ -13,8 +13,6 @@ from jaxeff import costs, models, quadratic, spec
 from jaxeff.quadratic import convert
 
 KEY = jax.random.key(0)
-# Many small programs, each run once: compiling them is all that takes time.
-once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SHAPE = (6, 6, 2)
 NETS = {
     "vgg": models.vgg((4, 4, "M", 8, 8), num_classes=3, input_shape=SHAPE),
@@ -53,7 +51,7 @@ def outputs(network, variables, train):
     def run(variables):
         return network.apply(variables, x, train, mutable=["batch_stats"] if train else False)
 
-    return once(run)(variables)[0] if train else once(run)(variables)
+    return jax.jit(run)(variables)[0] if train else jax.jit(run)(variables)
 
 
 def quadratised(architecture, kind, branch_norm=None, keep_norm=True):
@@ -70,7 +68,7 @@ def settled(network, variables):
     """With the running statistics of the batch of `outputs`, as a network that has been trained on it long enough."""
     x = normal(99, 5, *network.architecture.input_shape)
     stats = variables.get("batch_stats", {})
-    moved = once(lambda v: network.apply(v, x, True, mutable=["batch_stats"])[1])(variables).get("batch_stats", {})
+    moved = jax.jit(lambda v: network.apply(v, x, True, mutable=["batch_stats"])[1])(variables).get("batch_stats", {})
     return {**variables, "batch_stats": jax.tree.map(lambda new, old: 10 * new - 9 * old, moved, stats)}
 
 
@@ -133,7 +131,7 @@ def test_a_transplanted_network_learns_in_its_quadratic_part():
     def loss(params):
         return jnp.sum(jnp.sin(target.apply({**moved, "params": params}, normal(0, 4, *SHAPE))))
 
-    grads = once(jax.grad(loss))(moved["params"])
+    grads = jax.jit(jax.grad(loss))(moved["params"])
     for name in ("conv1", "conv2", "conv3", "conv4"):
         assert np.all(moved["params"][name]["layer"]["kernel_a"] == 0)
         assert np.abs(grads[name]["layer"]["kernel_a"]).max() > 1e-6
@@ -252,7 +250,7 @@ def test_scores_are_those_of_a_plain_loop_over_layers_and_masks(name):
     roles = ("body", "stem") if name == "resnet" else ("body",)
     settings = {"ratio": 0.4, "masks": masks, "batch_size": 8, "select": lambda path, layer: layer.role in roles}
     scores = convert.score(network, variables, net, images, labels, KEY, **settings)
-    apply = once(network.apply)
+    apply = jax.jit(network.apply)
 
     def accuracy(variables):
         return float(np.mean(np.argmax(np.asarray(apply(variables, images)), -1) == labels))

@@ -12,8 +12,6 @@ from jax import numpy as jnp
 from jaxeff.quadratic import QuadraticConv, QuadraticDense, conv, dense
 
 KEY = jax.random.key(0)
-# Many small programs, each run once: compiling them is all that takes time.
-once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed, *shape):
@@ -24,7 +22,7 @@ X = normal(0, 3, 5, 6, 4)
 
 
 def init(layer, x=X):
-    return once(layer.init)(KEY, x)
+    return jax.jit(layer.init)(KEY, x)
 
 
 def shapes(layer, x=X):
@@ -82,7 +80,7 @@ def test_layers_take_another_convolution():
 def test_branch_batch_norm_is_the_product_of_normalised_branches(act):
     layer = QuadraticConv(2, (1, 1), branch_norm="batch", branch_act=act)
     variables = random_variables(layer)
-    y, changed = once(lambda v: layer.apply(v, X, train=True, mutable=["batch_stats"]))(variables)
+    y, changed = jax.jit(lambda v: layer.apply(v, X, train=True, mutable=["batch_stats"]))(variables)
     branch = {}
     for p in "abc":
         params = variables["params"]
@@ -100,7 +98,7 @@ def test_other_branch_norms_do_not_look_at_other_examples(norm):
     layer = QuadraticDense(8, branch_norm=norm)
     variables = random_variables(layer)
     assert set(variables) == {"params"}
-    one, all_of_them = once(lambda v: (layer.apply(v, X[:1], train=True), layer.apply(v, X)))(variables)
+    one, all_of_them = jax.jit(lambda v: (layer.apply(v, X[:1], train=True), layer.apply(v, X)))(variables)
     np.testing.assert_allclose(one, all_of_them[:1], atol=1e-4)
 
 
@@ -114,7 +112,7 @@ FAMILIES = ("bergstra(rank=2)", "bergstra(rank=2, root=True)", "ccp(order=3)", "
 @pytest.mark.parametrize("kind", [*KINDS, *FAMILIES])
 def test_kaiming_gives_unit_variance_on_rectified_normal_inputs(kind):
     x = np.maximum(normal(0, 400, 300), 0)
-    y, variables = once(QuadraticDense(300, kind=kind, initialization="kaiming").init_with_output)(KEY, x)
+    y, variables = jax.jit(QuadraticDense(300, kind=kind, initialization="kaiming").init_with_output)(KEY, x)
     assert 0.85 < np.var(y) < 1.15
     assert all(np.all(value == 0) for name, value in variables["params"].items() if name.startswith("bias"))
 
@@ -144,7 +142,7 @@ def test_relinear_starts_exactly_as_the_first_order_twin(layer, kind, norm, bias
     ours, twin = layer(8, kind=kind, **settings), layer(8, kind="first_order", **settings)
     own = {"quadralib": "c", "t4": "b", "fan": "a", "qres": "a"}.get(kind, "c")
 
-    @once
+    @jax.jit
     def both():
         variables = ours.init(KEY, X)
         renamed = {
@@ -221,7 +219,7 @@ def test_bfloat16_keeps_float32_parameters_and_stays_finite_on_large_inputs(norm
     variables = init(layer, x)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     y, expected = (
-        once(lambda v, m=m: m.apply(v, x, train=True, mutable=["batch_stats"])[0])(variables) for m in (layer, exact)
+        jax.jit(lambda v, m=m: m.apply(v, x, train=True, mutable=["batch_stats"])[0])(variables) for m in (layer, exact)
     )
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(y, np.float32), expected, rtol=0, atol=0.03 * np.abs(expected).max())

@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxeff.dynamic.engines import rows
 from jaxeff.dynamic.engines.fused import Fused, masked_gradients
@@ -185,6 +184,19 @@ def _in_rows(grid: _Grid, y: jax.Array) -> jax.Array:
 
 def _launch(x, weights, groups, bias, real, *, grid: _Grid, size, relu, tile: SlabTile, interpret):
     """The kernel: [N * tiles * m, O], sums of channels [N * tiles, O] and of columns [O / n, N * tiles * m]."""
+    # Here, as it takes a second, which a machine without such a GPU need not wait.
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def swizzled(columns):
+        """How a tile of so many columns lies in shared memory for WGMMA."""
+        bits = jnp.dtype(x.dtype).itemsize * 8
+        swizzle = plgpu.find_swizzle(columns * bits)
+        return plgpu.TilingTransform((EIGHT, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
+
+    def vector(ref, axis):
+        """A vector of shared memory in the registers of an accumulator that lacks that axis."""
+        return ref[...] if interpret else plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(axis))
+
     count, kept = groups.shape
     channels, wide = x.shape[1], weights.shape[1]
     tiles, taps = len(real) // tile.m, len(grid.offsets)
@@ -233,10 +245,10 @@ def _launch(x, weights, groups, bias, real, *, grid: _Grid, size, relu, tile: Sl
 
         y = pl.run_scoped(products, plgpu.ACC((tile.m, tile.n), jnp.float32))
         plgpu.barrier_wait(rest_ready)
-        y = y + lax.broadcast_in_dim(_vector(bias_tile, 0, interpret), y.shape, (1,))
+        y = y + lax.broadcast_in_dim(vector(bias_tile, 0), y.shape, (1,))
         y = jnp.maximum(y, 0.0) if relu else y
         y_tile[...] = y.astype(y_tile.dtype)
-        y = y * lax.broadcast_in_dim(_vector(real_tile, 1, interpret), y.shape, (0,))
+        y = y * lax.broadcast_in_dim(vector(real_tile, 1), y.shape, (0,))
         channel_sums[...] = y.sum(0)
         column_sums[...] = y.sum(1)
         plgpu.commit_smem()
@@ -255,9 +267,9 @@ def _launch(x, weights, groups, bias, real, *, grid: _Grid, size, relu, tile: Sl
         ),
         scratch_types=(
             # Both operands of a product are swizzled alike.
-            plgpu.SMEM((stages, tile.m, size), x.dtype, transforms=_swizzled(size, x.dtype)),
-            plgpu.SMEM((stages, size, tile.n), x.dtype, transforms=_swizzled(size, x.dtype)),
-            plgpu.SMEM((tile.m, tile.n), x.dtype, transforms=_swizzled(tile.n, x.dtype)),
+            plgpu.SMEM((stages, tile.m, size), x.dtype, transforms=swizzled(size)),
+            plgpu.SMEM((stages, size, tile.n), x.dtype, transforms=swizzled(size)),
+            plgpu.SMEM((tile.m, tile.n), x.dtype, transforms=swizzled(tile.n)),
             plgpu.SMEM((tile.n,), jnp.float32),
             plgpu.SMEM((tile.m,), jnp.float32),
             plgpu.SMEM((tile.n,), jnp.float32),
@@ -271,18 +283,6 @@ def _launch(x, weights, groups, bias, real, *, grid: _Grid, size, relu, tile: Sl
         interpret=interpret,
     )
     return run(x, weights, groups.reshape(-1), jnp.asarray(grid.offsets, jnp.int32), bias, real)
-
-
-def _swizzled(columns: int, dtype) -> tuple:
-    """How a tile of so many columns lies in shared memory for WGMMA."""
-    bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(columns * bits)
-    return plgpu.TilingTransform((EIGHT, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
-
-
-def _vector(ref, axis: int, interpret: Any):
-    """A vector of shared memory in the registers of an accumulator that lacks that axis."""
-    return ref[...] if interpret else plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(axis))
 
 
 def _fwd(window, size, relu, tile, interpret, x, kernel, bias, groups):
