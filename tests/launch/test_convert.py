@@ -140,7 +140,6 @@ def test_bad_configs_fail_before_anything_is_written(tmp_path, change, message):
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_the_experiment_has_a_smoke_form_that_runs(finished_job, tmp_path):
-    result = finished_job("convert", "configs/quadratic/convert_vgg.py:smoke", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "reduced to source:" in result.stdout and json.loads((tmp_path / "summary.json").read_text())["networks"]
+def test_the_experiment_has_a_smoke_form_that_runs(tmp_path, capsys):
+    assert convert.run(convert_vgg.get_config("smoke").lock(), str(tmp_path))["networks"]
+    assert "reduced to source:" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs.classification import gates, network, sgd
-from configs.dynamic import accuracy
+from configs.dynamic import accuracy, fashion_mnist_vgg, one_for_all
 from jaxeff import data, dynamic, training
 from launch import pruning, train
 
@@ -70,6 +70,35 @@ def test_what_trains_starts_from_its_source_and_a_run_goes_on_where_it_stopped(f
         assert {k: v for k, v in before.items() if k not in timed} == {k: v for k, v in after.items() if k not in timed}
     assert again["pruned"]["chosen"]["ratios"] == summary["pruned"]["chosen"]["ratios"]
     assert "drops (channels, columns) of its blocks" in capsys.readouterr().out
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_the_experiment_has_a_smoke_form_that_runs(tmp_path):
+    summary = train.run(fashion_mnist_vgg.get_config("smoke").lock(), str(tmp_path))
+    dense, pruned = summary["networks"]
+    assert pruned["macs"] <= 0.5 * dense["macs"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "arguments", "image"),
+    [
+        (accuracy, ("fashion_mnist", "smoke"), (28, 28, 1)),
+        (accuracy, ("cifar10",), (32, 32, 3)),
+        (one_for_all, ("", "smoke"), (28, 28, 1)),
+    ],
+)
+def test_the_networks_of_the_other_experiments_can_be_made(experiment, arguments, image):
+    info = data.DatasetInfo(task="classification", num_classes=10)
+    images = data.Dataset("images", "train", {"image": np.zeros((2, *image), np.uint8)}, info)
+    for argument in arguments:
+        sections = experiment.get_config(argument).lock().networks.to_dict()
+        asked = {name: section.get("gates") for name, section in sections.items()}
+        modules = {name: pruning.network(section, images) for name, section in sections.items()}
+        assert pruning.sources_first(asked, modules)
+        for name in asked:
+            for call in dynamic.gated_calls(modules[name], np.zeros((1, *image), np.float32)) if asked[name] else ():
+                call.settings.groups_kept(call.x.shape[-1])
 
 
 def test_dense_networks_are_left_as_they_are():
