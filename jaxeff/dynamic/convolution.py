@@ -76,12 +76,17 @@ def conv(
     if min(*window.padding[0], *window.padding[1]) < 0:
         raise ValueError(f"padding of a gated convolution must not be negative, got {window.padding}; crop x first")
     reader = Reader(window, (kernel.shape[0], kernel.shape[1]))
+    own = kept is None
     if kept is None:
         kept = selection.select(x, settings, reader)
     name = resolved(settings, kept, x, kernel, window)
     engine = ENGINES[name]
     dropped = kept._replace(**dict.fromkeys(engine.saves))
-    y = engine.run(window, settings, selection.masked(x, dropped, settings), kernel, kept)
+    if own:
+        left = selection.masked_by_scores(x, kept, set(RATIOS) - set(engine.saves), settings)
+    else:
+        left = selection.masked(x, dropped, settings)
+    y = engine.run(window, settings, left, kernel, kept)
     return selection.masked_outputs(y, dropped, settings)
 
 

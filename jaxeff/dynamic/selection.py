@@ -4,6 +4,7 @@ Letters: N batch, H and W space, C channels, G channel groups, T tiles of positi
 k_c groups, k_s tiles of the input and k_o tiles of the output are kept.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -77,6 +78,20 @@ def masked(x: jax.Array, kept: Kept, settings: DynamicSpec) -> jax.Array:
     if kept.columns is not None:
         columns = mask_of(kept.columns, x.shape[1] * x.shape[2] // settings.tile**2)
     return _masked(x, channels, columns, settings)
+
+
+def masked_by_scores(x: jax.Array, kept: Kept, axes: Collection[str], settings: DynamicSpec) -> jax.Array:
+    """As `masked` along some of "channels" and "columns", for what `select` kept of x itself.
+
+    The masks come from the scores again, not from the indices: those are then not computed where nobody gathers.
+    """
+    by_channel = by_column = None
+    if kept.channels is not None:
+        by_channel = top_k_mask(group_scores(x, settings), kept.channels.shape[-1])
+    if kept.columns is not None:
+        ranked = _masked(x, by_channel, None, settings) if settings.order == "channel_first" else x
+        by_column = top_k_mask(tile_scores(ranked, settings), kept.columns.shape[-1])
+    return _masked(x, by_channel if "channels" in axes else None, by_column if "columns" in axes else None, settings)
 
 
 def masked_outputs(y: jax.Array, kept: Kept, settings: DynamicSpec) -> jax.Array:

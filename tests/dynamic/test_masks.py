@@ -46,6 +46,16 @@ def test_one_compilation_serves_every_k():
         np.testing.assert_array_equal(masks(k), mask_of(top_k_indices(scores, k), 8))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_every_row_may_keep_its_own_number_in_every_dtype(dtype):
+    with jax.enable_x64(True):
+        scores = jnp.asarray(np.random.default_rng(0).normal(size=(4, 33)) ** 3, dtype)
+        counts = jnp.asarray([[1], [7], [32], [33]])
+        masks = top_k_mask(scores, counts)
+        for mask, row, k in zip(masks, scores, (1, 7, 32, 33), strict=True):
+            np.testing.assert_array_equal(mask, mask_of(top_k_indices(row, k), 33))
+
+
 def test_masks_have_no_gradient():
     gradient = jax.grad(lambda x: jnp.where(top_k_mask(x, 2), x, 0).sum())(jnp.arange(4.0))
     np.testing.assert_array_equal(gradient, [0, 0, 1, 1])
