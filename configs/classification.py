@@ -20,6 +20,8 @@ def base(dataset: str) -> ConfigDict:
     config.epochs = 10
     config.steps = 0
     config.networks = ConfigDict()
+    # Names of networks from cheap to dear that let easy images leave early, see jaxeff.dynamic.traverse; () for none.
+    config.cascade = ()
     config.dtype = "float32"
     config.optimizer = ConfigDict()
     config.label_smoothing = 0.0

@@ -8,6 +8,8 @@ metrics.jsonl and checkpoints/. Started again with the same work directory it go
 Networks with gates are dynamically pruned: they learn under rising ratios, which are given or chosen by sensitivity,
 and are used with the fastest engine of every layer; their MACs are those that the gates leave, their latency is real.
 
+With a cascade, easy images leave at a cheap network; its accuracy by the time it takes is measured.
+
 On several hosts, start it on each of them with the same work directory, which all of them must see, and with
 --config.distributed.coordinator_address=HOST:PORT (of host 0), --config.distributed.num_processes=N and
 --config.distributed.process_id=0 .. N-1. A signal to any of them makes all of them save and stop.
@@ -20,7 +22,7 @@ import jax
 
 from jaxeff import data, parallel, training
 from jaxeff.training.workdir import FIGURES, plain_config
-from launch import classifier, job, pruning
+from launch import cascade, classifier, job, pruning
 
 
 def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> dict[str, Any]:
@@ -36,6 +38,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
 
     # ---- data, networks and methods: everything that can be wrong is found before anything is written ----------------
     classifier.check_config(config, jax.device_count())
+    cascade.check(config["cascade"], tuple(config["networks"]))
     train = data.load(config["dataset"], config["train_split"])
     test = data.load(config["dataset"], config["test_split"])
     classifier.check_task(train)
@@ -106,8 +109,19 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         if parallel.is_first() and gates[name]["rule"] != "none":
             print(f"{name}, calls of {config['latency_batch']} images:\n{pruned[name]['table']}\nfigure: {path}")
 
-    # ---- comparison --------------------------------------------------------------------------------------------------
+    # ---- early exits -------------------------------------------------------------------------------------------------
     trained = {name: (modules[name], next(iter(runs.values())).state) for name, runs in results.items()}
+    exits: dict[str, Any] = {}
+    if config["cascade"]:
+        steps_of = {name: trained[name] for name in config["cascade"]}
+        labelled = (preprocess(test.arrays["image"]), test.arrays["label"])
+        path = directory / FIGURES / "cascade.png"
+        exits = parallel.on_first(lambda: cascade.measured(steps_of, *labelled, config["latency_batch"], path))
+        if parallel.is_first():
+            print(f"{' -> '.join(exits['steps'])}, {config['latency_batch']} images at a time:\n{exits['table']}")
+            print(f"figure: {path}")
+
+    # ---- comparison --------------------------------------------------------------------------------------------------
     latency = parallel.on_first(lambda: job.latencies(trained, shape, config["latency_batch"]))
     rows = []
     for name, runs in results.items():
@@ -132,6 +146,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         "latency_batch": config["latency_batch"],
         "networks": rows,
         **({"pruned": pruned} if pruned else {}),
+        **({"cascade": exits} if exits else {}),
     }
     if parallel.is_first():
         figures = directory / FIGURES

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Step = Callable[[jax.Array], jax.Array]
-BUCKETS: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# At most a third of a bucket above four is padding.
+BUCKETS: tuple[int, ...] = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 class Traversal(NamedTuple):

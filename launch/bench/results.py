@@ -224,7 +224,9 @@ def table(folder: pathlib.Path = FOLDER) -> str:
 
 
 def record(workdir: str | os.PathLike[str], name: str, folder: pathlib.Path = EXPERIMENTS) -> None:
-    """Keeps the summary and the comparison figure of a finished run of `launch.train` or `launch.convert`.
+    """Keeps the summary and the figure of a finished run of `launch.train` or `launch.convert`.
+
+    The figure is the curve of its cascade where there is one, and the comparison of its networks otherwise.
 
     Raises:
       FileNotFoundError: if the run has no summary yet.
@@ -235,7 +237,8 @@ def record(workdir: str | os.PathLike[str], name: str, folder: pathlib.Path = EX
     entry = {"device": device(), "versions": versions(), "date": datetime.date.today().isoformat(), **summary}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({**entry, "config": config}, indent=2) + "\n")
-    shutil.copyfile(run / "figures" / "comparison.png", folder / f"{name}.png")
+    figure = "cascade.png" if "cascade" in summary else "comparison.png"
+    shutil.copyfile(run / "figures" / figure, folder / f"{name}.png")
 
 
 def experiment_table(path: pathlib.Path) -> str:
@@ -243,6 +246,8 @@ def experiment_table(path: pathlib.Path) -> str:
     entry = json.loads(path.read_text())
     data, seeds = entry["dataset"], entry["seeds"]
     rows = comparison_markdown(entry["networks"])
+    if "cascade" in entry:
+        rows += f"\n\n{_cascade_table(entry['cascade'])}"
     # A conversion has several trainings, and its networks are not timed.
     steps = f"{entry['steps']:,} steps, " if "steps" in entry else ""
     latency = f"latency of {entry['latency_batch']} images " if "latency_batch" in entry else ""
@@ -251,6 +256,18 @@ def experiment_table(path: pathlib.Path) -> str:
         f"{'seed' if len(seeds) == 1 else 'mean over seeds'} {', '.join(map(str, seeds))}; {latency}"
         f"on {entry['device']}, {entry['date']}."
     )
+
+
+def _cascade_table(found: Mapping[str, Any]) -> str:
+    header = f"| cascade | accuracy | per image | {' | '.join(name.replace('_', ' ') for name in found['steps'])} |"
+    rule = f"| --- | {'---: | ' * (2 + len(found['steps']))}".rstrip()
+    lines = [
+        f"| {point['name']} | {100 * point['accuracy']:.2f} % | {point['milliseconds']:.3f} ms | "
+        f"{' | '.join(f'{100 * share:.0f} %' for share in point['left'])} |"
+        for point in found["points"]
+        if point["name"].startswith("threshold")
+    ]
+    return "\n".join([header, rule, *lines])
 
 
 def update_readme(readme: pathlib.Path = README, folder: pathlib.Path = FOLDER) -> None:

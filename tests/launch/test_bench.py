@@ -181,3 +181,25 @@ def test_a_recorded_run_becomes_a_table_of_the_readme(tmp_path):
     results.update_readme(readme, folder)
     text = readme.read_text()
     assert "| first order | 50.00 % | 1,234 |" in text and "mean over seeds 0, 1" in text and text.endswith("after")
+
+
+def test_a_recorded_cascade_shows_where_images_left(tmp_path):
+    run = tmp_path / "run"
+    (run / "figures").mkdir(parents=True)
+    (run / "figures" / "cascade.png").write_bytes(b"curve")
+    (run / "config.json").write_text(json.dumps({"config": {}}))
+    points = [
+        {"name": "step 1 alone", "accuracy": 0.5, "milliseconds": 0.1, "left": [1.0]},
+        {"name": "threshold 0.9", "accuracy": 0.75, "milliseconds": 0.25, "left": [0.6, 0.4]},
+    ]
+    summary = {
+        "dataset": {"name": "digits", "train": 10, "test": 5}, "steps": 7, "seeds": [0], "latency_batch": 4,
+        "networks": [{"name": "small", "accuracy": 0.5, "params": 1234}],
+        "cascade": {"steps": ["at_7x7", "large"], "points": points},
+    }  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(summary))
+    results.record(run, "exits", tmp_path)
+    assert (tmp_path / "exits.png").read_bytes() == b"curve"
+    table = results.experiment_table(tmp_path / "exits.json")
+    assert "| cascade | accuracy | per image | at 7x7 | large |\n| --- | ---: | ---: | ---: | ---: |" in table
+    assert "| threshold 0.9 | 75.00 % | 0.250 ms | 60 % | 40 % |" in table and "step 1" not in table

@@ -1,4 +1,4 @@
-"""Dynamic pruning in the training job: sources, chosen ratios, what is left behind, and configs that fail at once."""
+"""Dynamic pruning in the training job: sources, ratios, cascades, what is left behind, configs that fail at once."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs.classification import gates, network, sgd
-from configs.dynamic import accuracy, fashion_mnist_vgg, one_for_all
+from configs.dynamic import accuracy, cascade, fashion_mnist_vgg, one_for_all
 from jaxeff import data, dynamic, training
 from launch import pruning, train
 
@@ -23,6 +23,7 @@ def tiny(**changes):
     config.networks.sandwich.gates = gates(0.5, columns=0.25, rule="sandwich")
     config.networks.untrained.gates = gates((0.5, 0.75), rule="none", source="sandwich", calibrate=2)
     config.optimizer = sgd(0.05, warmup=1)
+    config.cascade = ("untrained", "whole")
     for name, value in changes.items():
         config[name] = value
     return config
@@ -42,7 +43,7 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     assert names == {"whole", "chosen", "sandwich", "untrained"} and set(summary["pruned"]) == names - {"whole"}
     figures = {path.name for path in (workdir / "figures").iterdir()}
     speeds = {f"{name}_speed.png" for name in summary["pruned"]}
-    assert figures == speeds | {"chosen_sensitivity.png", "curves.png", "comparison.png"}
+    assert figures == speeds | {"cascade.png", "chosen_sensitivity.png", "curves.png", "comparison.png"}
     for name in ("whole", "chosen", "sandwich"):
         assert training.read_metrics(workdir / name / "seed0" / "metrics.jsonl")[-1]["step"] == 6
 
@@ -59,6 +60,20 @@ def test_multiply_accumulates_are_those_that_the_gates_leave(finished):
     assert macs["chosen"] <= 0.6 * macs["whole"]
     ratios = np.array(summary["pruned"]["chosen"]["ratios"])
     assert ratios.shape == (2, 2) and not ratios[:, 1].any() and ratios[:, 0].any()
+
+
+@pytest.mark.slow
+def test_steps_of_a_cascade_alone_are_as_accurate_as_the_networks(finished):
+    _, summary = finished
+    accuracy = {row["name"]: row["accuracy"] for row in summary["networks"]}
+    exits = summary["cascade"]
+    first, second, *thresholds = exits["points"]
+    assert exits["steps"] == ["untrained", "whole"] and len(thresholds) > 2
+    assert (first["name"], second["name"]) == ("step 1 alone", "step 2 alone")
+    np.testing.assert_allclose(first["accuracy"], accuracy["untrained"], atol=1e-6)
+    np.testing.assert_allclose(second["accuracy"], accuracy["whole"], atol=1e-6)
+    for point in thresholds:
+        np.testing.assert_allclose(sum(point["left"]), 1)
 
 
 @pytest.mark.slow
@@ -86,6 +101,7 @@ def test_the_experiment_has_a_smoke_form_that_runs(tmp_path):
         (accuracy, ("fashion_mnist", "smoke"), (28, 28, 1)),
         (accuracy, ("cifar10",), (32, 32, 3)),
         (one_for_all, ("", "smoke"), (28, 28, 1)),
+        (cascade, ("", "smoke"), (28, 28, 1)),
     ],
 )
 def test_the_networks_of_the_other_experiments_can_be_made(experiment, arguments, image):
@@ -135,7 +151,14 @@ def test_configs_fail_before_anything_is_written(tmp_path, asked, message):
     sections = {"wide": network("vgg", plan=(8, "M", 8, 8)), "sandwich": network("vgg", plan=PLAN)}
     sections["sandwich"].gates = asked
     with pytest.raises(ValueError, match=message):
-        train.run(tiny(networks=sections).lock(), str(tmp_path / "run"))
+        train.run(tiny(networks=sections, cascade=()).lock(), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("names", [("whole",), ("whole", "whole"), ("whole", "small")])
+def test_cascades_name_networks_of_the_experiment(tmp_path, names):
+    with pytest.raises(ValueError, match="must name two or more different networks, from cheap to dear, out of"):
+        train.run(tiny(cascade=names).lock(), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
