@@ -144,9 +144,10 @@ def sandwich(
 ) -> Functions:
     """A network that learns for all ratios between two at once: quarters of every batch have least, most, two random.
 
-    The sandwich rule of slimmable networks (Yu and Huang 2019, arXiv 1903.05134) over samples instead of passes, so a
-    step costs what it costs without it. Norms see the mixture: `calibrate` them for each ratio before use. Evaluation
-    has the highest ratios.
+    The sandwich rule of slimmable networks (Yu and Huang 2019, arXiv 1903.05134) with a quarter of the batch for each
+    of its four passes, so a step costs what it costs without it. Every quarter has its own batch statistics, as norms
+    that see a mixture of ratios fit none of them; running statistics are the mean of the four: `calibrate` them for
+    each ratio before use. Evaluation has the highest ratios.
 
     Args:
       functions: (init, apply) of a gated network.
@@ -155,22 +156,32 @@ def sandwich(
       most: [B, 2], the highest ratios.
 
     Returns:
-      The functions of the same network under the rule; `apply` needs a key while training.
+      The functions of the same network under the rule. While training, `apply` needs a key and a batch of a multiple of
+      four, whose examples belong to the quarters in turn; it raises ValueError otherwise.
     """
     low, high = jnp.asarray(least, jnp.float32), jnp.asarray(most, jnp.float32)
 
-    def apply(variables, inputs, train, key):
-        count = len(inputs)
-        if train:
-            if key is None:
-                raise ValueError("key: the sandwich rule draws ratios, so a PRNG key is needed when train=True")
-            drawn = jax.random.uniform(jax.random.fold_in(key, 1), (2,))
-            share = jnp.concatenate([jnp.array([0.0, 1.0]), drawn])[jnp.arange(count) * 4 // count]
-            table = low[..., None] + (high - low)[..., None] * share
-        else:
-            table = high
+    def at(table, variables, inputs, train, key):
         outputs, state = functions.apply({**variables, RATIOS: ratio_variables(paths, table)}, inputs, train, key)
         return outputs, {name: value for name, value in state.items() if name != RATIOS}
+
+    def apply(variables, inputs, train, key):
+        if not train:
+            return at(high, variables, inputs, train, key)
+        if key is None:
+            raise ValueError("key: the sandwich rule draws ratios, so a PRNG key is needed when train=True")
+        count = len(jax.tree.leaves(inputs)[0])
+        if count % 4:
+            raise ValueError(f"inputs: the sandwich rule trains on quarters, but the batch has {count} examples")
+        drawn = jax.random.uniform(jax.random.fold_in(key, 1), (2,))
+        share = jnp.concatenate([jnp.array([0.0, 1.0]), drawn])
+        tables = low + (high - low) * share[:, None, None]
+        # Turn by turn, so that every device of a mesh, which has neighbours, has all quarters.
+        quarters = jax.tree.map(lambda array: array.reshape(-1, 4, *array.shape[1:]), inputs)
+        each = jax.vmap(lambda table, part, key: at(table, variables, part, True, key), (0, 1, 0), (1, 0))
+        outputs, state = each(tables, quarters, jax.random.split(key, 4))
+        together = jax.tree.map(lambda array: array.reshape(count, *array.shape[2:]), outputs)
+        return together, jax.tree.map(lambda leaf: leaf.mean(0).astype(leaf.dtype), state)
 
     return Functions(functions.init, apply)
 

@@ -259,15 +259,14 @@ def experiment_table(path: pathlib.Path) -> str:
 
 
 def _cascade_table(found: Mapping[str, Any]) -> str:
-    header = f"| cascade | accuracy | per image | {' | '.join(name.replace('_', ' ') for name in found['steps'])} |"
-    rule = f"| --- | {'---: | ' * (2 + len(found['steps']))}".rstrip()
-    lines = [
-        f"| {point['name']} | {100 * point['accuracy']:.2f} % | {point['milliseconds']:.3f} ms | "
-        f"{' | '.join(f'{100 * share:.0f} %' for share in point['left'])} |"
-        for point in found["points"]
-        if point["name"].startswith("threshold")
-    ]
-    return "\n".join([header, rule, *lines])
+    steps = [name.replace("_", " ") for name in found["steps"]]
+    lines = [f"| cascade | accuracy | per image | {' | '.join(f'left {step}' for step in steps)} |"]
+    lines.append(f"| --- |{' ---: |' * (2 + len(steps))}")
+    for point in found["points"]:
+        left = [f"{100 * share:.0f} %" for share in point["left"]] if len(point["left"]) > 1 else ["-"] * len(steps)
+        cells = [point["name"], f"{100 * point['accuracy']:.2f} %", f"{point['milliseconds']:.3f} ms", *left]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def update_readme(readme: pathlib.Path = README, folder: pathlib.Path = FOLDER) -> None:

@@ -103,26 +103,32 @@ def test_the_training_loop_takes_it_as_it_is():
     assert int(state.model_state["ascent"]["step"]) == 3
 
 
-def test_the_sandwich_has_least_most_and_two_between(variables):
+def test_every_quarter_of_the_sandwich_is_a_batch_of_its_own(variables):
     low, high = [[0.0, 0.0]] * 2, [[0.75, 0.5]] * 2
     functions = dynamic.sandwich(training.from_linen(NETWORK), PATHS, low, high)
-    one = {**variables, "batch_stats": variables["batch_stats"]}
-    seen = []
-    inner = training.from_linen(NETWORK)._replace(
-        apply=lambda variables, *rest: (seen.append(variables["ratios"]), (None, {}))[1]
-    )
-    dynamic.sandwich(inner, PATHS, low, high).apply(one, X, True, jax.random.key(3))
-    ratios = np.asarray(seen[0]["conv2"]["layer"]["gate"]["channels"])
-    assert ratios.shape == (8,)
-    np.testing.assert_array_equal(ratios[:4], [0, 0, 0.75, 0.75])
-    assert ratios[4] == ratios[5] and ratios[6] == ratios[7] and ratios[4] != ratios[6]
-    assert ((ratios >= 0) & (ratios <= 0.75)).all()
-    outputs, state = functions.apply(variables, X, True, jax.random.key(3))
+    shares = np.concatenate([[0, 1], jax.random.uniform(jax.random.fold_in(jax.random.key(3), 1), (2,))])
+    assert len(set(shares)) == 4
+    outputs, state = jax.jit(functions.apply, static_argnums=2)(variables, X, True, jax.random.key(3))
     assert outputs.shape == (8, 3) and set(state) == {"batch_stats"}
-    expected = static(high).apply(variables, X)
+    expected = []
+    for quarter, share in enumerate(shares):
+        ratios = dynamic.ratio_variables(PATHS, share * np.array(high))
+        part = X[quarter::4]
+        logits, after = training.from_linen(NETWORK).apply({**variables, "ratios": ratios}, part, True, jax.random.key(0))
+        np.testing.assert_allclose(outputs[quarter::4], logits, rtol=1e-4, atol=1e-5)
+        expected.append(after["batch_stats"])
+    mean = jax.tree.map(lambda *leaves: np.mean(leaves, 0), *expected)
+    chex.assert_trees_all_close(state["batch_stats"], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_the_sandwich_is_evaluated_at_the_highest_ratios_and_needs_keys_and_quarters(variables):
+    functions = dynamic.sandwich(training.from_linen(NETWORK), PATHS, [[0.0, 0.0]] * 2, [[0.75, 0.5]] * 2)
+    expected = static([[0.75, 0.5]] * 2).apply(variables, X)
     np.testing.assert_allclose(functions.apply(variables, X, False, None)[0], expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="a PRNG key is needed when train=True"):
         functions.apply(variables, X, True, None)
+    with pytest.raises(ValueError, match="trains on quarters, but the batch has 6 examples"):
+        functions.apply(variables, X[:6], True, jax.random.key(0))
 
 
 class Normed(nn.Module):

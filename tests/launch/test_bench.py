@@ -201,5 +201,6 @@ def test_a_recorded_cascade_shows_where_images_left(tmp_path):
     results.record(run, "exits", tmp_path)
     assert (tmp_path / "exits.png").read_bytes() == b"curve"
     table = results.experiment_table(tmp_path / "exits.json")
-    assert "| cascade | accuracy | per image | at 7x7 | large |\n| --- | ---: | ---: | ---: | ---: |" in table
-    assert "| threshold 0.9 | 75.00 % | 0.250 ms | 60 % | 40 % |" in table and "step 1" not in table
+    assert "| cascade | accuracy | per image | left at 7x7 | left large |\n| --- | ---: | ---: | ---: | ---: |" in table
+    assert "| threshold 0.9 | 75.00 % | 0.250 ms | 60 % | 40 % |" in table
+    assert "| step 1 alone | 50.00 % | 0.100 ms | - | - |" in table
