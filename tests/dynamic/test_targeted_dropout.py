@@ -113,8 +113,8 @@ def test_every_quarter_of_the_sandwich_is_a_batch_of_its_own(variables):
     expected = []
     for quarter, share in enumerate(shares):
         ratios = dynamic.ratio_variables(PATHS, share * np.array(high))
-        part = X[quarter::4]
-        logits, after = training.from_linen(NETWORK).apply({**variables, "ratios": ratios}, part, True, jax.random.key(0))
+        under = {**variables, "ratios": ratios}
+        logits, after = training.from_linen(NETWORK).apply(under, X[quarter::4], True, jax.random.key(0))
         np.testing.assert_allclose(outputs[quarter::4], logits, rtol=1e-4, atol=1e-5)
         expected.append(after["batch_stats"])
     mean = jax.tree.map(lambda *leaves: np.mean(leaves, 0), *expected)
