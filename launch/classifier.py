@@ -63,10 +63,12 @@ def method(
     dataset: data.Dataset,
     steps: int,
     functions: training.ModelFunctions | None = None,
+    repeats: int = 1,
 ) -> training.Method:
     """Builds the classification method of a config: optimiser, restraint, label smoothing, average, augmentation.
 
-    `functions` are those of the module where something else than its own are trained.
+    `functions` are those of the module where something else than its own are trained. They see every augmented example
+    `repeats` times in a row.
     """
     return training.classification(
         *(functions or training.from_linen(module)),
@@ -74,7 +76,7 @@ def method(
         num_classes=dataset.info.num_classes,
         label_smoothing=config["label_smoothing"],
         ema_decay=config["ema_decay"],
-        augment=augmentation(config["augment"]),
+        augment=augmentation(config["augment"], repeats),
         preprocess=standardisation(dataset),
     )
 
@@ -136,17 +138,18 @@ def tested(
     return right / len(dataset)
 
 
-def augmentation(section: Mapping[str, Any]) -> Callable[..., Any] | None:
+def augmentation(section: Mapping[str, Any], repeats: int = 1) -> Callable[..., Any] | None:
     """Builds (key, images, targets) -> (images, targets) from {"crop": pixels, "flip": bool, "cutout", "mixup"}.
 
-    Fields that are absent, 0 or False are off; with all of them off the result is None.
+    Fields that are absent, 0 or False are off; with all of them off, and without repeats, the result is None. What
+    comes out has every example `repeats` times in a row.
 
     Raises:
       ValueError: for an unknown field, listing the valid ones.
     """
     check_fields("augment", section, AUGMENTATIONS)
     wanted = {name: section[name] for name in AUGMENTATIONS if section.get(name)}
-    if not wanted:
+    if not wanted and repeats == 1:
         return None
 
     def augment(key, images, targets):
@@ -159,7 +162,7 @@ def augmentation(section: Mapping[str, Any]) -> Callable[..., Any] | None:
             images = data.cutout(cutout_key, images, size=wanted["cutout"])
         if "mixup" in wanted:
             images, targets = data.mixup(mixup_key, images, targets, alpha=wanted["mixup"])
-        return images, targets
+        return jnp.repeat(images, repeats, 0), jnp.repeat(targets, repeats, 0)
 
     return augment
 

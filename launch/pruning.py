@@ -49,6 +49,8 @@ def check(asked: Mapping[str, Any]) -> None:
         raise ValueError(f"gates: rule must be one of {', '.join(map(repr, RULES))}, got {asked['rule']!r}")
     if not 0 < asked["climb"] <= 1:
         raise ValueError(f"gates: climb is a share of the steps, in (0, 1], got {asked['climb']}")
+    if asked["repeats"] < 1:
+        raise ValueError(f"gates: repeats must be at least 1, got {asked['repeats']}")
     to_choose = [name for name in dynamic.DIMENSIONS if asked[name] is None]
     budgets = [name for name in ("macs", "seconds") if asked[name] is not None]
     if len(budgets) != bool(to_choose):
@@ -160,7 +162,7 @@ def method(
     """
     if asked is None:
         return classifier.method(module, config, dataset, steps)
-    found = classifier.method(module, config, dataset, steps, _functions(module, asked, steps))
+    found = classifier.method(module, config, dataset, steps, _functions(module, asked, steps), asked["repeats"])
     return found if source is None else classifier.starting_from(weights(source), found)
 
 

@@ -145,9 +145,10 @@ def sandwich(
     """A network that learns for all ratios between two at once: quarters of every batch have least, most, two random.
 
     The sandwich rule of slimmable networks (Yu and Huang 2019, arXiv 1903.05134) with a quarter of the batch for each
-    of its four passes, so a step costs what it costs without it. Every quarter has its own batch statistics, as norms
-    that see a mixture of ratios fit none of them; running statistics are the mean of the four: `calibrate` them for
-    each ratio before use. Evaluation has the highest ratios.
+    of its four passes, so a step costs what it costs without it; with every example four times in a row each pass has
+    all of them. Every quarter has its own batch statistics, as norms that see a mixture of ratios fit none of them. The
+    running ones, as all other state, are those of the highest ratios, which evaluation has too; `calibrate` them for
+    other ratios.
 
     Args:
       functions: (init, apply) of a gated network.
@@ -181,7 +182,7 @@ def sandwich(
         each = jax.vmap(lambda table, part, key: at(table, variables, part, True, key), (0, 1, 0), (1, 0))
         outputs, state = each(tables, quarters, jax.random.split(key, 4))
         together = jax.tree.map(lambda array: array.reshape(count, *array.shape[2:]), outputs)
-        return together, jax.tree.map(lambda leaf: leaf.mean(0).astype(leaf.dtype), state)
+        return together, jax.tree.map(lambda leaf: leaf[1], state)
 
     return Functions(functions.init, apply)
 

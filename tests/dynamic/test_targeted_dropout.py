@@ -110,15 +110,13 @@ def test_every_quarter_of_the_sandwich_is_a_batch_of_its_own(variables):
     assert len(set(shares)) == 4
     outputs, state = jax.jit(functions.apply, static_argnums=2)(variables, X, True, jax.random.key(3))
     assert outputs.shape == (8, 3) and set(state) == {"batch_stats"}
-    expected = []
     for quarter, share in enumerate(shares):
         ratios = dynamic.ratio_variables(PATHS, share * np.array(high))
         under = {**variables, "ratios": ratios}
         logits, after = training.from_linen(NETWORK).apply(under, X[quarter::4], True, jax.random.key(0))
         np.testing.assert_allclose(outputs[quarter::4], logits, rtol=1e-4, atol=1e-5)
-        expected.append(after["batch_stats"])
-    mean = jax.tree.map(lambda *leaves: np.mean(leaves, 0), *expected)
-    chex.assert_trees_all_close(state["batch_stats"], mean, rtol=1e-4, atol=1e-5)
+        if quarter == 1:
+            chex.assert_trees_all_close(state["batch_stats"], after["batch_stats"], rtol=1e-4, atol=1e-5)
 
 
 def test_the_sandwich_is_evaluated_at_the_highest_ratios_and_needs_keys_and_quarters(variables):
