@@ -174,5 +174,7 @@ def _convolve(
         x, kernel = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (lhs, rhs))
         calls.append(GatedCall(path, settings, x, kernel, window))
     if ratios is not None:
-        return convolve(window, selection.masked_by_ratio(lhs, ratios[0], ratios[1], settings), rhs)
+        reader = selection.Reader(window, (rhs.shape[0], rhs.shape[1]))
+        y = convolve(window, selection.masked_by_ratio(lhs, ratios[0], ratios[1], settings), rhs)
+        return selection.masked_outputs(y, selection.outputs_by_ratio(lhs, ratios[0], settings, reader), settings)
     return convolution.conv(lhs, rhs, settings, **window._asdict())

@@ -46,8 +46,7 @@ def top_k_indices(scores: jax.Array, k: int) -> jax.Array:
     Raises:
       ValueError: for a k outside 1..S.
     """
-    if not 1 <= k <= scores.shape[-1]:
-        raise ValueError(f"k must be in 1..{scores.shape[-1]}, the number of scores, got {k}")
+    _check_count(k, scores)
     # Ascending, because neighbours in memory are then read one after the other.
     return jnp.sort(lax.top_k(_ranked(scores), k)[1], axis=-1)
 
@@ -66,8 +65,13 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
     Args:
       scores: [..., S].
       k: how many; a traced number too, or an array that broadcasts against the scores, so that a sweep over ratios
-        compiles once.
+        compiles once; a traced one outside 1..S is taken as 0 or S.
+
+    Raises:
+      ValueError: for a number that is not traced, outside 1..S.
     """
+    if isinstance(k, int):
+        _check_count(k, scores)
     keys = _ordered(_ranked(scores))
     # The k-th highest, bit by bit: sorting takes twenty times as long on CPU.
     zero, bits = jnp.zeros((), keys.dtype), jnp.iinfo(keys.dtype).bits
@@ -79,6 +83,11 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
     threshold = lax.fori_loop(0, bits, with_next_bit, jnp.zeros((*keys.shape[:-1], 1), keys.dtype))
     above, equal = keys > threshold, keys == threshold
     return above | (equal & (jnp.cumsum(equal, -1) <= k - above.sum(-1, keepdims=True)))
+
+
+def _check_count(k: int, scores: jax.Array) -> None:
+    if not 1 <= k <= scores.shape[-1]:
+        raise ValueError(f"k must be in 1..{scores.shape[-1]}, the number of scores, got {k}")
 
 
 def _ordered(scores: jax.Array) -> jax.Array:

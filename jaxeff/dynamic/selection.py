@@ -126,6 +126,16 @@ def masked_by_ratio(
     return _masked(x, by_channel, by_column, settings)
 
 
+def outputs_by_ratio(x: jax.Array, channels: float | jax.Array, settings: DynamicSpec, reader: Reader) -> Kept:
+    """The outputs that `select` keeps where the ratio of channels may be traced; that of the outputs is not."""
+    if not settings.outputs:
+        return Kept()
+    if settings.order == "channel_first":
+        counts = _traced_count(channels, x.shape[-1] // settings.group_size)
+        x = _masked(x, top_k_mask(group_scores(x, settings), counts), None, settings)
+    return Kept(outputs=_kept_outputs(x, settings, reader))
+
+
 def group_scores(x: jax.Array, settings: DynamicSpec) -> jax.Array:
     """What channel groups are ranked by, [N, G]."""
     scores = channel_attention(x, settings.reduce).reshape(len(x), -1, settings.group_size).mean(-1)

@@ -147,8 +147,8 @@ def sandwich(
     The sandwich rule of slimmable networks (Yu and Huang 2019, arXiv 1903.05134) with a quarter of the batch for each
     of its four passes, so a step costs what it costs without it; with every example four times in a row each pass has
     all of them. Every quarter has its own batch statistics, as norms that see a mixture of ratios fit none of them. The
-    running ones, as all other state, are those of the highest ratios, which evaluation has too; `calibrate` them for
-    other ratios.
+    running ones are those of the highest ratios, which evaluation has too; `calibrate` them for other ratios. Other
+    state, such as losses of gates, is the mean of the four.
 
     Args:
       functions: (init, apply) of a gated network.
@@ -182,7 +182,8 @@ def sandwich(
         each = jax.vmap(lambda table, part, key: at(table, variables, part, True, key), (0, 1, 0), (1, 0))
         outputs, state = each(tables, quarters, jax.random.split(key, 4))
         together = jax.tree.map(lambda array: array.reshape(count, *array.shape[2:]), outputs)
-        return together, jax.tree.map(lambda leaf: leaf[1], state)
+        running = {name: jax.tree.map(lambda leaf: leaf[1], state[name]) for name in ("batch_stats",) if name in state}
+        return together, {**jax.tree.map(lambda leaf: leaf.mean(0).astype(leaf.dtype), state), **running}
 
     return Functions(functions.init, apply)
 
@@ -249,7 +250,7 @@ def with_ratios(architecture: spec.Architecture, table: Any) -> spec.Architectur
       ValueError: if there are not as many ratios as blocks.
     """
     found = blocks(architecture)
-    rows = [[float(value) for value in row] for row in table]
+    rows = [[round(float(value), 6) for value in row] for row in table]  # 0.1 in float32 is a little more
     if len(rows) != len(found):
         raise ValueError(f"table must have {len(found)} rows, one for each block, got {len(rows)}")
     gates = {path: layer.gate for path, layer in spec.walk(architecture) if isinstance(layer, spec.Conv)}

@@ -204,11 +204,25 @@ def test_engines_in_bfloat16(name):
     np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=2e-2 * np.abs(expected).max())
 
 
-def test_nan_in_a_dropped_channel_reaches_no_output():
+@pytest.mark.parametrize("name", [name for name in EXACT if ENGINES[name].saves in ((), ("channels",))])
+@pytest.mark.parametrize("channel", [0, 4])
+def test_nan_in_a_dropped_channel_reaches_no_output(name, channel):
     x, k = sample(9, 2, (4, 4), 6, 3, 3)
-    x[:, 1, 2, 4] = np.nan
-    for name in ("mask", "channels", "grouped"):
-        assert np.isfinite(dynamic.conv(x, k, DynamicSpec(channels=0.5, engine=name))).all()
+    x[:, 1, 2, channel] = np.nan
+    assert np.isfinite(dynamic.conv(x, k, DynamicSpec(channels=0.5, engine=name))).all()
+
+
+@pytest.mark.parametrize("name", ["channels", "channels_and_columns", "grouped"])
+def test_gradients_of_a_large_batch_in_bfloat16_lose_nothing_in_their_sum(name):
+    x, k = (jnp.asarray(a, jnp.bfloat16) for a in sample(11, 256, (2, 2), 4, 2, 1))
+    x = abs(x)
+    spec = DynamicSpec(**dropped_by(name, 0.5), engine=name)
+    ours = jax.grad(lambda k: dynamic.conv(x, k, spec).astype(jnp.float32).sum())(k)
+    assert ours.dtype == jnp.bfloat16
+    x, k = (a.astype(jnp.float32) for a in (x, k))
+    spec = DynamicSpec(**dropped_by(name, 0.5), engine="mask")
+    expected = jax.grad(lambda k: dynamic.conv(x, k, spec).sum())(k)
+    np.testing.assert_allclose(ours.astype(np.float32), expected, rtol=1e-2)
 
 
 def test_bad_input_is_refused():

@@ -176,6 +176,22 @@ def test_ratios_may_be_traced_variables():
         np.testing.assert_allclose(run(channels, columns), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", ["parallel", "channel_first"])
+def test_outputs_are_dropped_under_traced_ratios_too(order):
+    settings = DynamicSpec(channels=0.5, outputs=0.5, order=order)
+    network = models.Network(dynamic.gate(PLAN, settings), gate=dynamic.gate_layer)
+    variables, x = initialised(network, PLAN.input_shape)
+    gate = {"layer": {"gate": {"channels": 0.5, "columns": 0.0}}}
+    traced = jax.jit(network.apply)({**variables, "ratios": {"conv2": gate, "conv3": gate}}, x)
+    np.testing.assert_allclose(traced, jax.jit(network.apply)(variables, x), rtol=1e-4, atol=1e-5)
+
+
+def test_ratios_of_a_float32_table_are_what_was_meant():
+    table = np.full((len(dynamic.blocks(PLAN)), 2), 0.1, np.float32)
+    gated = dynamic.gate(PLAN, DynamicSpec())
+    assert dynamic.with_ratios(gated, table) == dynamic.with_ratios(gated, np.full(table.shape, 0.1))
+
+
 @pytest.mark.parametrize("save", ["all", "ab", "x"])
 def test_quadratic_layers_are_gated_under_every_memory_policy(save):
     architecture = spec.quadratize(PLAN, "quadralib", branch_norm="batch")

@@ -87,3 +87,5 @@ def test_bad_counts_are_refused():
     for k in (0, 9):
         with pytest.raises(ValueError, match=rf"k must be in 1\.\.8, the number of scores, got {k}"):
             top_k_indices(jnp.zeros((2, 8)), k)
+        with pytest.raises(ValueError, match=rf"k must be in 1\.\.8, the number of scores, got {k}"):
+            top_k_mask(jnp.zeros((2, 8)), k)

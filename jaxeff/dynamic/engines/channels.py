@@ -10,7 +10,6 @@ Letters: N batch, C input channels, K of them kept, O output channels.
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from jaxeff.dynamic.engines import rows
@@ -57,8 +56,8 @@ def _backward_rule(window, residuals, g):
         dx, dk = pullback(g[None])
         return total.at[:, :, channels].add(dk, **rows.ASCENDING), dx[0]
 
-    dk, dx = lax.scan(one, jnp.zeros_like(kernel), (kept, channels, g))
-    return rows.put_each(dx, channels, -1, kernel.shape[2]), dk, rows.no_gradient(channels)
+    dk, dx = lax.scan(one, rows.sum_like(kernel), (kept, channels, g))
+    return rows.put_each(dx, channels, -1, kernel.shape[2]), dk.astype(kernel.dtype), rows.no_gradient(channels)
 
 
 gathered_channels.defvjp(_forward_rule, _backward_rule)

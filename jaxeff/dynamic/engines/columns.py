@@ -93,9 +93,10 @@ def _both_backward(window, size, residuals, g):
         dk = _matmul(window, kept.T, spread).reshape(len(channels), *flat.shape[::2]).swapaxes(0, 1)
         return total.at[:, channels].add(dk, **rows.ASCENDING), dx
 
-    dk, dx = lax.scan(one, jnp.zeros_like(flat), (kept, columns, channels, g))
+    dk, dx = lax.scan(one, rows.sum_like(flat), (kept, columns, channels, g))
     dx = rows.put_each(rows.put_each(dx, channels, -1, kernel.shape[2]), columns, 1, size[0] * size[1])
-    return dx, dk.reshape(kernel.shape), rows.no_gradient(columns), rows.no_gradient(channels)
+    dk = dk.reshape(kernel.shape).astype(kernel.dtype)
+    return dx, dk, rows.no_gradient(columns), rows.no_gradient(channels)
 
 
 gathered_both.defvjp(_both_forward, _both_backward)

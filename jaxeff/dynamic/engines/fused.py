@@ -96,7 +96,7 @@ def _forward(window, relu, tile, interpret, x, kernel, bias, channels) -> Fused:
     wide = pl.cdiv(features, tile.n) * tile.n
     down = pl.cdiv(places, tile.m)
     weights = jnp.pad(kernel.reshape(-1, kernel.shape[2], features), ((0, 0), (0, 0), (0, wide - features)))
-    # What fills the last tile of channels is not used: its part of the kernel is set to zero.
+    # What fills the last tile of channels is not used: it is set to zero on both sides, as the map may have NaN there.
     indices = jnp.pad(channels, ((0, 0), (0, steps * tile.k - kept)))
     taps = [
         i * window.dilation[0] * across + j * window.dilation[1]
@@ -116,6 +116,7 @@ def _forward(window, relu, tile, interpret, x, kernel, bias, channels) -> Fused:
             used = span < kept
             for number, offset in enumerate(taps):
                 values = x_ref[0, (first + offset)[:, None], own[None, :]]
+                values = jnp.where(used[None, :], values, jnp.zeros((), values.dtype))
                 rows_of = w_ref[number, own, :]
                 rows_of = jnp.where(used[:, None], rows_of, jnp.zeros((), rows_of.dtype))
                 total += jnp.dot(values, rows_of, preferred_element_type=jnp.float32, precision=window.precision)

@@ -91,8 +91,8 @@ def _backward(window, size, residuals, g):
         by_kernel = by_kernel + _slab_of(dk, tile.group, size)
         return dx, lax.dynamic_update_slice_in_dim(dk, by_kernel, start, 2)
 
-    zeros = jnp.zeros_like(x), jnp.zeros_like(kernel)
-    return *_over_tiles(kept, add, zeros), rows.no_gradient(kept)
+    dx, dk = _over_tiles(kept, add, (jnp.zeros_like(x), rows.sum_like(kernel)))
+    return dx, dk.astype(kernel.dtype), rows.no_gradient(kept)
 
 
 _grouped.defvjp(_forward, _backward)

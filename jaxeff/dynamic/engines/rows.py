@@ -54,3 +54,8 @@ def _along(indices: jax.Array, axis: int, rank: int) -> jax.Array:
     shape = [1] * rank
     shape[0], shape[axis] = indices.shape
     return indices.reshape(shape)
+
+
+def sum_like(kernel: jax.Array) -> jax.Array:
+    """Zeros to sum the gradients of a kernel over samples in: float32 at least, as sums in bfloat16 stop growing."""
+    return jnp.zeros(kernel.shape, jnp.promote_types(kernel.dtype, jnp.float32))
