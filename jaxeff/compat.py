@@ -18,6 +18,7 @@ __all__ = [
     "is_literal",
     "jaxpr_constants",
     "manual_axes",
+    "result_like",
     "scan_operands",
     "vary",
     "varying_axes",
@@ -81,3 +82,11 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
         return lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
 
     return jax.tree.map(one, tree) if axes else tree
+
+
+def result_like(array: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a kernel's result that differs along the axes of a `shard_map` along which an array does."""
+    aval = jax.typeof(array)
+    if hasattr(aval, "mat"):
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=aval.mat)
+    return jax.ShapeDtypeStruct(shape, dtype, vma=aval.vma)

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxeff import compat
 from jaxeff.dynamic import engines, selection
 from jaxeff.dynamic.engines import Geometry
-from jaxeff.dynamic.masks import top_k_indices
+from jaxeff.dynamic.masks import mask_of
 from jaxeff.dynamic.selection import Kept, Reader
 from jaxeff.dynamic.settings import RATIOS, DynamicSpec
 from jaxeff.ops import autotune
@@ -24,7 +25,8 @@ class Engine(NamedTuple):
     """A way to compute a gated convolution.
 
     Attributes:
-      saves: along which of "channels", "columns" and "outputs" it leaves out what is dropped; elsewhere it masks.
+      saves: along which of "channels", "columns", "outputs" and "widths" it leaves out what is dropped; elsewhere it
+        masks.
       run: function (window, settings, x, kernel, kept) -> y.
       exact: whether it equals masking; False for an approximation, which "auto" never takes.
       gpu: whether it is made for GPU; elsewhere "auto" never takes it.
@@ -59,19 +61,22 @@ def conv(
       padding: "SAME", "VALID" or two (low, high) pairs.
       dilation: of the kernel, one for both axes or two.
       precision: as in lax.
-      kept: indices of another gate (learned, or shared between layers) in the place of those of the attention; their
-        numbers may differ from the settings' ratios.
+      kept: indices of another gate (learned, or shared between layers) in the place of those of the attention: of each
+        sample ascending and no two alike, which nobody can check before they are known. Their numbers may differ from
+        the settings' ratios.
 
     Returns:
       [N, H', W', O]. Gradients pass what is kept, and only that; none pass through the choice.
 
     Raises:
-      TypeError: if x is not floating point.
-      ValueError: for shapes that do not fit, a group size or tile that does not divide, an unknown engine or one that
-        has nothing to save here.
+      TypeError: if x is not floating point, or indices are not integers.
+      ValueError: for an empty x, shapes or indices that do not fit, a group size or tile that does not divide, an
+        unknown engine or one that has nothing to save here.
     """
     _check_operands(x, kernel)
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    # Inside `shard_map`, a shared operand becomes one that may differ, so that its gradient is summed over devices.
+    x, kernel = compat.vary(x, compat.varying_axes(kernel)), compat.vary(kernel, compat.varying_axes(x))
     window = engines.geometry(x.shape, kernel.shape, _two(strides), padding, _two(dilation), precision)
     if min(*window.padding[0], *window.padding[1]) < 0:
         raise ValueError(f"padding of a gated convolution must not be negative, got {window.padding}; crop x first")
@@ -79,6 +84,8 @@ def conv(
     own = kept is None
     if kept is None:
         kept = selection.select(x, settings, reader)
+    else:
+        _check_kept(kept, settings, x, engines.out_size(window, x.shape[1:3], kernel.shape[:2]))
     name = resolved(settings, kept, x, kernel, window)
     engine = ENGINES[name]
     dropped = kept._replace(**dict.fromkeys(engine.saves))
@@ -102,7 +109,8 @@ def resolved(settings: DynamicSpec, kept: Kept, x: Any, kernel: Any, window: Geo
     if name not in ENGINES:
         raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {name!r}")
     missing = [axis for axis in ENGINES[name].saves if getattr(kept, axis) is None]
-    if missing and any(getattr(settings, axis) for axis in RATIOS) and not all(getattr(settings, a) for a in missing):
+    asked = {axis: getattr(settings, axis) for axis in RATIOS}
+    if missing and any(asked.values()) and not all(asked.get(axis) for axis in missing):
         raise ValueError(f"engine {name!r} leaves out {' and '.join(missing)}, but none are dropped: take another")
     return "mask" if missing else name
 
@@ -114,7 +122,7 @@ def candidates(settings: DynamicSpec, x: Any, window: Geometry) -> list[str]:
         for name, engine in ENGINES.items()
         if engine.exact
         and (jax.default_backend() == "gpu" or not engine.gpu)
-        and all(getattr(settings, axis) for axis in engine.saves)
+        and all(getattr(settings, axis, 0.0) for axis in engine.saves)
         and not engine.misfit(window, settings, x.dtype)
     ]
 
@@ -134,9 +142,11 @@ def _channels(window, settings, x, kernel, kept):
 
 
 def _shared(window, settings, x, kernel, kept):
-    # The batch votes: mean attention of all samples decides for each of them.
-    count = kept.channels.shape[-1]
-    groups = top_k_indices(selection.group_scores(x, settings).mean(0), count)
+    # The batch votes: what most samples keep is kept of all; among equals, what the mean of their attention is higher
+    # of, NaN last.
+    votes = mask_of(kept.channels, x.shape[-1] // settings.group_size).sum(0)
+    order = jnp.lexsort((-selection.group_scores(x, settings).mean(0), -votes))
+    groups = jnp.sort(order[: kept.channels.shape[-1]])
     return engines.shared_channels(window, x, kernel, engines.of_groups(groups, settings.group_size))
 
 
@@ -154,8 +164,19 @@ def _slabs(window, settings, x, kernel, kept):
     return engines.group_slabs(window, settings.group_size, x, kernel, kept.channels).y
 
 
+def _fused_misfit(window, settings, dtype):
+    return None if jnp.dtype(dtype).itemsize <= 4 else f"{jnp.dtype(dtype)}, where the kernel sums in float32"
+
+
 def _slab_misfit(window, settings, dtype):
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    if not str(capability).startswith("9."):
+        return f"a GPU of compute capability {capability}, where slabs need 9.0"
     return engines.misfit(window, settings.group_size, dtype)
+
+
+def _width_slices(window, settings, x, kernel, kept):
+    return engines.width_slices(window, settings.group_size, x, kernel, kept.widths)
 
 
 def _columns(window, settings, x, kernel, kept):
@@ -187,8 +208,9 @@ ENGINES: dict[str, Engine] = {
     "channels": Engine(("channels",), _channels),
     "shared_channels": Engine(("channels",), _shared, exact=False),
     "grouped": Engine(("channels",), _grouped),
-    "fused": Engine(("channels",), _fused, gpu=True),
+    "fused": Engine(("channels",), _fused, gpu=True, misfit=_fused_misfit),
     "slabs": Engine(("channels",), _slabs, gpu=True, misfit=_slab_misfit),
+    "width_slices": Engine(("widths",), _width_slices),
     "columns": Engine(("columns",), _columns),
     "channels_and_columns": Engine(("channels", "columns"), _both),
     "output_columns": Engine(("outputs",), _output_columns),
@@ -219,3 +241,26 @@ def _check_operands(x: jax.Array, kernel: jax.Array) -> None:
         raise TypeError(f"a gated convolution needs floating-point maps, got {x.dtype}; convert and scale them first")
     if x.dtype != kernel.dtype:
         raise TypeError(f"x is {x.dtype}, but the kernel {kernel.dtype}; they must be the same")
+    if not x.size:
+        raise ValueError(f"x is empty, of shape {x.shape}; a gate has nothing to rank")
+
+
+def _check_kept(kept: Kept, settings: DynamicSpec, x: jax.Array, out: tuple[int, int]) -> None:
+    if kept.channels is not None and kept.widths is not None:
+        raise ValueError("kept: channels and widths both say which channels are kept; give one of them")
+    if (kept.channels is not None or kept.widths is not None) and x.shape[-1] % settings.group_size:
+        raise ValueError(f"group_size={settings.group_size} does not divide the {x.shape[-1]} channels")
+    limits = {"channels": x.shape[-1] // settings.group_size}
+    for axis, size in (("columns", x.shape[1:3]), ("outputs", out)):
+        if getattr(kept, axis) is not None and (size[0] % settings.tile or size[1] % settings.tile):
+            raise ValueError(f"tile={settings.tile} does not divide the {axis} of {size[0]} x {size[1]} positions")
+        limits[axis] = size[0] * size[1] // settings.tile**2
+    for axis, indices in kept._asdict().items():
+        if indices is None:
+            continue
+        if not jnp.issubdtype(indices.dtype, jnp.integer):
+            raise TypeError(f"kept.{axis} must be integers, got {indices.dtype}")
+        expected = f"[{len(x)}]" if axis == "widths" else f"[{len(x)}, 1..{limits[axis]}]"
+        fits = indices.shape[:1] == x.shape[:1] and indices.ndim == (1 if axis == "widths" else 2)
+        if not fits or (axis != "widths" and not 1 <= indices.shape[1] <= limits[axis]):
+            raise ValueError(f"kept.{axis} must be of shape {expected}, got {indices.shape}")

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxeff import compat
+
 
 def keep_count(ratio: float, size: int, step: int = 1) -> int:
     """How many of `size` things are kept when a share is dropped: at least one, rounded half up.
@@ -80,7 +82,8 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
         higher = threshold | (jnp.ones_like(zero) << (bits - 1 - i).astype(keys.dtype))
         return jnp.where((keys >= higher).sum(-1, keepdims=True) >= k, higher, threshold)
 
-    threshold = lax.fori_loop(0, bits, with_next_bit, jnp.zeros((*keys.shape[:-1], 1), keys.dtype))
+    start = compat.vary(jnp.zeros((*keys.shape[:-1], 1), keys.dtype), compat.varying_axes(keys))
+    threshold = lax.fori_loop(0, bits, with_next_bit, start)
     above, equal = keys > threshold, keys == threshold
     return above | (equal & (jnp.cumsum(equal, -1) <= k - above.sum(-1, keepdims=True)))
 

@@ -25,11 +25,14 @@ class Kept(NamedTuple):
       channels: int32 [N, k_c], of channel groups.
       columns: int32 [N, k_s], of tiles of the input.
       outputs: int32 [N, k_o], of tiles of the output.
+      widths: int32 [N], in the place of `channels`: how many channel groups a sample keeps, from the first, 0..G. Never
+        chosen by attention; for slimmable networks, whose samples differ in width.
     """
 
     channels: jax.Array | None = None
     columns: jax.Array | None = None
     outputs: jax.Array | None = None
+    widths: jax.Array | None = None
 
 
 class Reader(NamedTuple):
@@ -73,8 +76,11 @@ def select(x: jax.Array, settings: DynamicSpec, reader: Reader | None = None) ->
 def masked(x: jax.Array, kept: Kept, settings: DynamicSpec) -> jax.Array:
     """The map with zeros in the place of the channels and columns that are dropped; NaN there becomes zero too."""
     channels = columns = None
+    groups = x.shape[-1] // settings.group_size
     if kept.channels is not None:
-        channels = mask_of(kept.channels, x.shape[-1] // settings.group_size)
+        channels = mask_of(kept.channels, groups)
+    if kept.widths is not None:
+        channels = jnp.arange(groups) < kept.widths[:, None]
     if kept.columns is not None:
         columns = mask_of(kept.columns, x.shape[1] * x.shape[2] // settings.tile**2)
     return _masked(x, channels, columns, settings)
@@ -110,7 +116,8 @@ def masked_by_ratio(
       x: [N, H, W, C], floating point.
       channels: share of the channels that is dropped, in [0, 1): one number, or [N], one for each sample.
       columns: share of the columns that is dropped, likewise.
-      settings: everything but the ratios.
+      settings: everything but the ratios. Where its ratio of columns is 0 and the tile does not divide the map, no
+        columns are dropped, whatever `columns` is.
 
     Returns:
       [N, H, W, C].
@@ -121,6 +128,8 @@ def masked_by_ratio(
     size, width = _checked_shape(x)
     settings.groups_kept(width)
     by_channel = top_k_mask(group_scores(x, settings), _traced_count(channels, width // settings.group_size))
+    if not settings.columns and (size[0] % settings.tile or size[1] % settings.tile):
+        return _masked(x, by_channel, None, settings)
     ranked = _masked(x, by_channel, None, settings) if settings.order == "channel_first" else x
     by_column = top_k_mask(tile_scores(ranked, settings), _traced_count(columns, size[0] * size[1] // settings.tile**2))
     return _masked(x, by_channel, by_column, settings)
@@ -162,9 +171,8 @@ def _kept_outputs(x, settings, reader: Reader) -> jax.Array:
     out = out_size(reader.window, size, reader.kernel)
     kept = settings.tiles_kept(out, "outputs")
     reads = read_positions(reader.window, size, reader.kernel)
-    columns = column_attention(x, settings.reduce).reshape(len(x), -1)
-    # NaN counts as nothing here, or it would take the scores of its neighbours with it.
-    padded = jnp.pad(jnp.nan_to_num(columns, nan=0.0), ((0, 0), (0, 1)))
+    # Whatever reads a NaN has the score NaN, and comes last.
+    padded = jnp.pad(column_attention(x, settings.reduce).reshape(len(x), -1), ((0, 0), (0, 1)))
     scores = padded[:, reads].mean(1).reshape(len(x), *out)
     return top_k_indices(_ranked_by(settings, _by_tile(scores, settings.tile)), kept)
 

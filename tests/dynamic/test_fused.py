@@ -66,10 +66,18 @@ def test_bfloat16_is_summed_in_float32():
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=2e-2)
 
 
-def test_it_lowers_for_cuda():
+@pytest.mark.parametrize("sharded", [False, True])
+def test_it_lowers_for_cuda(sharded):
     x, k, indices, _, _ = operands(0, 2, (8, 8), 64, 32, 64, dtype=jnp.bfloat16)
     window = geometry(x.shape, k.shape)
-    run = jax.jit(lambda x, k, i: fused.fused_channels(window, x, k, i, relu=True, interpret=False))
+
+    def run(x, k, i):
+        return fused.fused_channels(window, x, k, i, relu=True, interpret=False)
+
+    if sharded:
+        mesh, rows = jax.sharding.Mesh(jax.devices()[:1], ("batch",)), jax.P("batch")
+        run = jax.shard_map(run, mesh=mesh, in_specs=(rows, jax.P(), rows), out_specs=rows)
+    run = jax.jit(run)
     allowed = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
     text = jax.export.export(run, platforms=["cuda"], disabled_checks=allowed)(x, k, indices).mlir_module()
     assert "gated_convolution" in text and "triton" in text

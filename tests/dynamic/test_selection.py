@@ -8,6 +8,7 @@ import pytest
 from jaxeff.dynamic import (
     DynamicSpec,
     Kept,
+    Reader,
     channel_attention,
     column_attention,
     keep_count,
@@ -15,6 +16,7 @@ from jaxeff.dynamic import (
     masked_by_ratio,
     select,
 )
+from jaxeff.dynamic.engines import geometry
 
 X = np.random.default_rng(0).normal(size=(2, 4, 6, 8)).astype(np.float32)
 REDUCED = {"mean": np.mean, "abs_mean": lambda a: np.mean(np.abs(a)), "l2": lambda a: np.sqrt(np.mean(np.square(a)))}
@@ -103,6 +105,22 @@ def test_a_nan_selects_nothing_and_does_not_pass_through_the_mask():
     assert np.isfinite(masked(x, kept, spec)).all()
     # Kept channels that hold one pass it on, so that it is found: here all do.
     assert np.isnan(masked(np.full_like(x, np.nan), select(np.full_like(x, np.nan), spec), spec)).any()
+
+
+@pytest.mark.parametrize("ranking", ["attention", "inverse"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_nan_selects_no_output_that_reads_it(ranking, sign):
+    x = sign * np.abs(X)
+    x[0, 0, 0, 0] = np.nan
+    reader = Reader(geometry(x.shape, (3, 3, x.shape[-1], 1)), (3, 3))
+    kept = select(x, DynamicSpec(outputs=0.5, ranking=ranking), reader).outputs[0]
+    assert not {0, 1, x.shape[2], x.shape[2] + 1} & set(np.asarray(kept).tolist())
+
+
+def test_a_tile_that_does_not_divide_a_map_keeps_its_columns_under_traced_ratios():
+    settings, odd = DynamicSpec(channels=0.5, tile=4), X[:, :3, :5]
+    ours = jax.jit(lambda columns: masked_by_ratio(odd, 0.5, columns, settings))(0.5)
+    np.testing.assert_array_equal(ours, masked(odd, select(odd, settings), settings))
 
 
 @pytest.mark.parametrize(

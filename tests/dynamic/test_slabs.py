@@ -3,18 +3,24 @@
 The interpreter of Mosaic GPU has no public name in jax 0.10.
 """
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from jaxeff import dynamic
 from jaxeff.dynamic import DynamicSpec
 from jaxeff.dynamic.engines import geometry, slabs
 
-WATCHED = InterpretGPUParams(detect_races=True)
+INTERPRETER = "jax._src.pallas.mosaic_gpu.interpret"
+
+
+@pytest.fixture(scope="module")
+def watched():
+    """Parameters of the interpreter that finds races."""
+    return pytest.importorskip(f"{INTERPRETER}.params").InterpretGPUParams(detect_races=True)
 
 
 def operands(batch, size, channels, group_size, kept, features, kernel, dtype=jnp.bfloat16):
@@ -48,14 +54,14 @@ def convolved(x, k, padding, dilation):
     ],
 )
 def test_values_and_attention_are_those_of_masking(
-    size, channels, group_size, kept, features, kernel, padding, dilation, tile
+    watched, size, channels, group_size, kept, features, kernel, padding, dilation, tile
 ):
     x, k, groups, mask, bias = operands(2, size, channels, group_size, kept, features, kernel)
     window = geometry(x.shape, k.shape, (1, 1), padding, (dilation, dilation))
     result = slabs.group_slabs(
-        window, group_size, x, k, groups, bias, relu=True, tile=slabs.SlabTile(*tile), interpret=WATCHED
+        window, group_size, x, k, groups, bias, relu=True, tile=slabs.SlabTile(*tile), interpret=watched
     )
-    assert not gpu_callbacks.get_races().races_found
+    assert not importlib.import_module(f"{INTERPRETER}.gpu_callbacks").get_races().races_found
     kept_of_x = np.where(mask[:, None, None], np.asarray(x, np.float64), 0)
     expected = np.maximum(convolved(kept_of_x, np.asarray(k, np.float64), padding, dilation) + np.asarray(bias), 0)
     assert result.y.dtype == jnp.bfloat16
@@ -64,14 +70,14 @@ def test_values_and_attention_are_those_of_masking(
     np.testing.assert_allclose(result.columns, expected.mean(-1), rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_are_those_of_masking():
+def test_gradients_are_those_of_masking(watched):
     x, k, groups, mask, bias = operands(2, (2, 3), 32, 16, 1, 8, (1, 1))
     window = geometry(x.shape, k.shape)
     g = jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 3, 8)), jnp.bfloat16)
 
     def ours(x, k, bias):
         tile = slabs.SlabTile(64, 64, 2)
-        return slabs.group_slabs(window, 16, x, k, groups, bias, relu=True, tile=tile, interpret=WATCHED).y
+        return slabs.group_slabs(window, 16, x, k, groups, bias, relu=True, tile=tile, interpret=watched).y
 
     def masked(x, k, bias):
         return jax.nn.relu(jnp.where(mask[:, None, None], x, 0) @ k[0, 0] + bias)
@@ -83,11 +89,18 @@ def test_gradients_are_those_of_masking():
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-6, atol=2e-2)
 
 
-@pytest.mark.parametrize("group_size", [16, 64])
-def test_it_lowers_for_cuda(group_size):
+@pytest.mark.parametrize(("group_size", "sharded"), [(16, False), (64, False), (64, True)])
+def test_it_lowers_for_cuda(group_size, sharded):
     x, k = jnp.zeros((2, 28, 28, 128), jnp.bfloat16), jnp.zeros((3, 3, 128, 96), jnp.bfloat16)
     groups, window = jnp.zeros((2, 1), jnp.int32), geometry(x.shape, k.shape)
-    run = jax.jit(lambda x, k, groups: slabs.group_slabs(window, group_size, x, k, groups, relu=True))
+
+    def run(x, k, groups):
+        return slabs.group_slabs(window, group_size, x, k, groups, relu=True)
+
+    if sharded:
+        mesh, rows = jax.sharding.Mesh(jax.devices()[:1], ("batch",)), jax.P("batch")
+        run = jax.shard_map(run, mesh=mesh, in_specs=(rows, jax.P(), rows), out_specs=rows)
+    run = jax.jit(run)
     allowed = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
     assert (
         "mosaic_gpu" in jax.export.export(run, platforms=["cuda"], disabled_checks=allowed)(x, k, groups).mlir_module()

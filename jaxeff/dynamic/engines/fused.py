@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxeff import compat
 from jaxeff.dynamic.engines import rows
 from jaxeff.dynamic.engines.geometry import Geometry, convolve, out_size
 from jaxeff.dynamic.masks import mask_of
@@ -77,6 +78,7 @@ def fused_channels(
       The output and its attention. Gradients pass through y alone.
     """
     bias = jnp.zeros(kernel.shape[-1], jnp.float32) if bias is None else bias
+    bias = compat.vary(bias, compat.varying_axes(x))
     interpret = jax.default_backend() != "gpu" if interpret is None else interpret
     return _fused(window, relu, tile, interpret, x, kernel, bias, channels)
 
@@ -146,9 +148,9 @@ def _forward(window, relu, tile, interpret, x, kernel, bias, channels) -> Fused:
             pl.BlockSpec((1, 1, tile.m), lambda n, p, o: (n, o, p)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((count, down * tile.m, wide), x.dtype),
-            jax.ShapeDtypeStruct((count, down, wide), jnp.float32),
-            jax.ShapeDtypeStruct((count, wide // tile.n, down * tile.m), jnp.float32),
+            compat.result_like(x, (count, down * tile.m, wide), x.dtype),
+            compat.result_like(x, (count, down, wide), jnp.float32),
+            compat.result_like(x, (count, wide // tile.n, down * tile.m), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,

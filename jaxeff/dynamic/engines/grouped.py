@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxeff import compat
 from jaxeff.dynamic.engines import rows
 from jaxeff.dynamic.engines.geometry import Geometry, convolve, out_size
 from jaxeff.dynamic.masks import mask_of
@@ -103,7 +104,7 @@ def _over_tiles(kept: jax.Array, add: Callable[[_Tile, Any], Any], carry: Any) -
     order = jnp.argsort(~kept.T, axis=-1, stable=True).astype(jnp.int32)  # who keeps a group comes first
     counts = kept.sum(0, dtype=jnp.int32)
     largest = min(MAX_TILE, 1 << (len(kept).bit_length() - 1))
-    size = largest
+    size, carry = largest, compat.vary(carry, compat.varying_axes(kept))
     while size:
         if size == largest:
             tiles, first = counts // size, jnp.zeros_like(counts)

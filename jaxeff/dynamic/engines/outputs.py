@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxeff import compat
 from jaxeff.dynamic.engines import rows, taps
 from jaxeff.dynamic.engines.geometry import Geometry, convolve, out_size, read_positions, written_positions
 
@@ -105,7 +106,8 @@ def _tiles_backward(window, size, tile, residuals, g):
 
     (top, bottom), (left, right) = window.padding
     padded = (len(g), top + size[0] + bottom, left + size[1] + right, parts.shape[-1])
-    dx = lax.fori_loop(0, len(parts), add, jnp.zeros(padded, parts.dtype))
+    zeros = compat.vary(jnp.zeros(padded, parts.dtype), compat.varying_axes(parts))
+    dx = lax.fori_loop(0, len(parts), add, zeros)
     return dx[:, top : top + size[0], left : left + size[1]], dk, rows.no_gradient(tiles)
 
 

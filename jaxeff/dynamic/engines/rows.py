@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxeff import compat
+
 IN_BOUNDS: Any = "promise_in_bounds"
 ASCENDING: dict[str, Any] = {"mode": IN_BOUNDS, "unique_indices": True, "indices_are_sorted": True}
 
@@ -58,4 +60,5 @@ def _along(indices: jax.Array, axis: int, rank: int) -> jax.Array:
 
 def sum_like(kernel: jax.Array) -> jax.Array:
     """Zeros to sum the gradients of a kernel over samples in: float32 at least, as sums in bfloat16 stop growing."""
-    return jnp.zeros(kernel.shape, jnp.promote_types(kernel.dtype, jnp.float32))
+    zeros = jnp.zeros(kernel.shape, jnp.promote_types(kernel.dtype, jnp.float32))
+    return compat.vary(zeros, compat.varying_axes(kernel))

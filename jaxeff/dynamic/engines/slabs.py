@@ -30,6 +30,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxeff import compat
 from jaxeff.dynamic.engines import rows
 from jaxeff.dynamic.engines.fused import Fused, masked_gradients
 from jaxeff.dynamic.engines.geometry import Geometry, out_size
@@ -94,6 +95,7 @@ def group_slabs(
     if reason := misfit(window, size, x.dtype):
         raise ValueError(f"the convolution has {reason}; take engine 'fused' or 'mask'")
     bias = jnp.zeros(kernel.shape[-1], jnp.float32) if bias is None else bias
+    bias = compat.vary(bias, compat.varying_axes(x))
     return _slabs(window, size, relu, tile, interpret, x, kernel, bias, groups)
 
 
@@ -248,7 +250,8 @@ def _launch(x, weights, groups, bias, real, *, grid: _Grid, size, relu, tile: Sl
         y = y + lax.broadcast_in_dim(vector(bias_tile, 0), y.shape, (1,))
         y = jnp.maximum(y, 0.0) if relu else y
         y_tile[...] = y.astype(y_tile.dtype)
-        y = y * lax.broadcast_in_dim(vector(real_tile, 1), y.shape, (0,))
+        # Where the tile ends beyond the map, the copies have what lies behind it, which may be NaN.
+        y = jnp.where(lax.broadcast_in_dim(vector(real_tile, 1), y.shape, (0,)) > 0, y, jnp.zeros_like(y))
         channel_sums[...] = y.sum(0)
         column_sums[...] = y.sum(1)
         plgpu.commit_smem()
@@ -261,9 +264,9 @@ def _launch(x, weights, groups, bias, real, *, grid: _Grid, size, relu, tile: Sl
     run = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((total, wide), x.dtype),
-            jax.ShapeDtypeStruct((count * tiles, wide), jnp.float32),
-            jax.ShapeDtypeStruct((wide // tile.n, total), jnp.float32),
+            compat.result_like(x, (total, wide), x.dtype),
+            compat.result_like(x, (count * tiles, wide), jnp.float32),
+            compat.result_like(x, (wide // tile.n, total), jnp.float32),
         ),
         scratch_types=(
             # Both operands of a product are swizzled alike.
