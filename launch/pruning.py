@@ -1,5 +1,6 @@
 """Networks with gates in the training job: their ratios, how they learn, and their form in use."""
 
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,10 +11,13 @@ import numpy as np
 from configs.classification import gates
 from jaxeff import costs, data, dynamic, models, spec, training
 from jaxeff.dynamic import figures
+from jaxeff.training.workdir import CONFIG
 from launch import classifier
 
 RULES = ("ascent", "sandwich", "none")
 SPEC = ("group_size", "tile", "order", "reduce", "ranking", "engine")
+CHOSEN = "ratios"
+"""Name of the chosen ratios in the config of a run's folder."""
 BY_BLOCK = ("channels", "columns", "group_size", "tile")
 
 
@@ -142,6 +146,15 @@ def chosen(
     return table.tolist()
 
 
+def settled(folder: pathlib.Path) -> list[list[float]] | None:
+    """The ratios that a run in this folder began with, [B, 2], so that it goes on with them; None where none began.
+
+    Chosen again they might be others, where the budget is one of measured time.
+    """
+    path = folder / CONFIG
+    return json.loads(path.read_text())["config"].get(CHOSEN) if path.is_file() else None
+
+
 def with_ratios(module: models.Network, table: Any) -> models.Network:
     """The gated network with other ratios, [B, 2]."""
     return module.clone(architecture=dynamic.with_ratios(module.architecture, table))
@@ -158,10 +171,15 @@ def method(
     """The classification method of a network, under the rule by which its gates learn, from the weights of its source.
 
     Raises:
-      ValueError: if the ratios need more steps to climb than there are.
+      ValueError: if the ratios need more steps to climb than there are, or the norms more images than there are.
     """
     if asked is None:
         return classifier.method(module, config, dataset, steps)
+    if asked["calibrate"] * config["batch_size"] > len(dataset):
+        raise ValueError(
+            f"gates: calibrate={asked['calibrate']} batches of {config['batch_size']}, but there are {len(dataset)} "
+            "images; renew the norms with fewer"
+        )
     found = classifier.method(module, config, dataset, steps, _functions(module, asked, steps), asked["repeats"])
     return found if source is None else classifier.starting_from(weights(source), found)
 
@@ -233,7 +251,7 @@ def _functions(module: models.Network, asked: Mapping[str, Any], steps: int) -> 
     if asked["rule"] == "none":
         return plain
     if asked["rule"] == "sandwich":
-        return training.ModelFunctions(*dynamic.sandwich(plain, paths, np.zeros_like(table), table))
+        return training.ModelFunctions(*dynamic.sandwich(plain, paths, np.minimum(asked["start"], table), table))
     pace = {"start": asked["start"], "increment": asked["increment"]}
     climbs = dynamic.ascent_steps(table, **pace, every=1)
     if climbs > asked["climb"] * steps:

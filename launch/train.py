@@ -62,6 +62,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
 
     # ---- training ----------------------------------------------------------------------------------------------------
     results: dict[str, dict[int, training.FitResult]] = {name: {} for name in modules}
+    tables: dict[str, list[list[float]]] = {}
     for (name, seed), folder in folders.items():
         asked = gates[name]
         start = None if asked is None or asked["source"] is None else results[asked["source"]][seed].state
@@ -69,10 +70,13 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
             images, labels = (held_out[asked["sensitivity_split"]].arrays[key] for key in ("image", "label"))
             found = (modules[name], asked, start, preprocess(images), labels, reports[name], config["latency_batch"])
             path = directory / FIGURES / f"{name}_sensitivity.png"
-            table = parallel.on_first(lambda found=found, path=path: pruning.chosen(*found, path))
-            modules[name] = pruning.with_ratios(modules[name], table)
+            began = directory / folder
+            tables[name] = parallel.on_first(
+                lambda began=began, found=found, path=path: pruning.settled(began) or pruning.chosen(*found, path)
+            )
+            modules[name] = pruning.with_ratios(modules[name], tables[name])
             if parallel.is_first():
-                print(f"{name}: drops (channels, columns) of its blocks: {table}; figure: {path}")
+                print(f"{name}: drops (channels, columns) of its blocks: {tables[name]}; figure: {path}")
         method = pruning.method(modules[name], asked, config, train, steps, start)
         if asked is not None and asked["rule"] == "none":
             example = {key: array[:2] for key, array in train.arrays.items()}
@@ -80,6 +84,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         else:
             if parallel.is_first():
                 print(f"{name}, seed {seed}: {steps} steps of {batch} on {len(train)} images of {config['dataset']}")
+            chosen = {pruning.CHOSEN: tables[name]} if name in tables else {}
             result = training.fit(
                 method,
                 lambda start, source=sources[seed]: data.prefetch(source.starting_at(start), sharding=rows_of),
@@ -91,7 +96,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
                 log_every=config["log_every"],
                 checkpoint_every=config["checkpoint_every"] or max(1, steps // 4),
                 keep=config["keep"],
-                config={**settings, "network": name, "seed": seed},
+                config={**settings, "network": name, "seed": seed, **chosen},
                 tensorboard=config["tensorboard"],
                 **placement,
             )

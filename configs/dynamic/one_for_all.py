@@ -2,7 +2,7 @@
 
     JAXEFF_DATA=DIR python -m launch.train --config=configs/dynamic/one_for_all.py --workdir=runs/one_for_all
 
-The one learns by the sandwich rule, between no gates and three quarters of the channels dropped, and has its norms
+The one learns by the sandwich rule, between a quarter and three quarters of the channels dropped, and has its norms
 renewed for every ratio; each of the others learns for its own ratio alone. All take as many steps; those of the one
 show every image at four ratios, so it costs as much to train as the four others together.
 """
@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.batch_size, config.steps, config.latency_batch = 16, 4, 4
         pace, batches = {"increment": 0.5}, 2
     config.networks.one_for_all = network("vgg", plan=PLAN)
-    config.networks.one_for_all.gates = gates(max(RATIOS), rule="sandwich", repeats=4, **pace)
+    config.networks.one_for_all.gates = gates(max(RATIOS), rule="sandwich", start=min(RATIOS), repeats=4, **pace)
     for ratio in RATIOS:
         percent = f"{100 * ratio:g}".replace(".", "_")
         for name in ("one", "own"):

@@ -166,6 +166,10 @@ def choose_ratios(
     least = sum(min(row) for row in costs)
     if least > budget:
         raise ValueError(f"budget={budget:.6g} cannot be met: the cheapest options together cost {least:.6g}")
+    # Costs are rounded up below, which would refuse a budget that the choice of no loss meets exactly.
+    free = tuple(int(np.argmin(row)) for row in losses)
+    if sum(row[option] for row, option in zip(costs, free, strict=True)) <= budget * (1 + 1e-9):
+        return free
     # From the cheapest choice on, what each option costs more, in steps of what is left of the budget.
     unit = (budget - least) / steps or 1.0
     best = np.full(steps + 1, np.inf)
@@ -218,8 +222,10 @@ def _layer_seconds(call, pairs, rounds) -> tuple[list[float], float]:
             at = call._replace(settings=settings)
             names = convolution.candidates(settings, call.x, call.window)
             forms |= {(number, name): with_engine(at, name) for name in names}
+    optional = [key for key in forms if key[0] != "dense" and key[1] != "mask"]
     times = {
-        key: statistics.median(values) for key, values in autotune.seconds(forms, (call.x, call.kernel), rounds).items()
+        key: statistics.median(values)
+        for key, values in autotune.seconds(forms, (call.x, call.kernel), rounds, optional).items()
     }
     dense = min(seconds for key, seconds in times.items() if key[0] == "dense")
     fastest = [

@@ -149,31 +149,30 @@ def exit_curve(
     for threshold in thresholds:
         _check(steps, images, threshold, buckets)
     images, labels = np.asarray(images), np.asarray(labels)
-    if labels.shape != images.shape[:1] or batch_size < 1:
-        raise ValueError(
-            f"images and labels must be [N, ...] and [N], batch_size at least 1; got {images.shape}, {labels.shape} "
-            f"and {batch_size}"
-        )
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"images and labels must be [N, ...] and [N], got {images.shape} and {labels.shape}")
+    if batch_size < 1 or rounds < 1:
+        raise ValueError(f"batch_size and rounds must be at least 1, got {batch_size} and {rounds}")
     parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    contestants: dict[str, tuple[Sequence[Step], float | None]] = {
-        **{f"step {i + 1} alone": ([step], None) for i, step in enumerate(steps)},
-        **{f"threshold {t:g}": (steps, t) for t in thresholds},
-    }
-    results: dict[str, Traversal] = {}
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    contestants: list[tuple[str, Sequence[Step], float | None]] = [
+        *((f"step {i + 1} alone", [step], None) for i, step in enumerate(steps)),
+        *((f"threshold {t:.12g}", steps, t) for t in thresholds),
+    ]
+    results: dict[int, Traversal] = {}
+    times: list[list[float]] = [[] for _ in contestants]
     for turn in range(rounds + 1):
-        for name, (chosen, t) in contestants.items():
+        for number, (_, chosen, t) in enumerate(contestants):
             start = time.perf_counter()
             found = [traverse(chosen, part, t or 0.0, buckets=buckets) for part in parts]
             if turn:
-                times[name].append(time.perf_counter() - start)
-            results[name] = Traversal(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+                times[number].append(time.perf_counter() - start)
+            results[number] = Traversal(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
     points = []
-    for name, (chosen, t) in contestants.items():
-        logits, exits = results[name]
+    for number, (name, chosen, t) in enumerate(contestants):
+        logits, exits = results[number]
         left = np.bincount(exits, minlength=len(chosen)) / len(images)
         accuracy = float((logits.argmax(-1) == labels).mean())
-        milliseconds = 1e3 * statistics.median(times[name]) / len(images)
+        milliseconds = 1e3 * statistics.median(times[number]) / len(images)
         points.append(ExitPoint(name, t, accuracy, milliseconds, tuple(map(float, left))))
     return ExitCurve(tuple(points))
 

@@ -1,9 +1,9 @@
 """Gates that learn: feature boosting (FBS) and channel gating, as layers, with their losses.
 
 Both are convolutions with a gate of their own on what they give, where the parameter-free gate of
-`jaxeff.dynamic.gate` chooses of what a layer reads. A boosted layer leaves exactly so many channels of its output above
-zero, so the parameter-free gate of that ratio before the next layer drops exactly what the boosted layer closed: both
-savings multiply.
+`jaxeff.dynamic.gate` chooses of what a layer reads. A boosted layer leaves no more than so many channels of its output
+above zero, so the parameter-free gate of that ratio before the next layer drops nothing but what the boosted layer
+closed; both savings multiply where a layer has both.
 
 Losses are values of the collection "gate_losses", one number per layer; `gate_losses` adds them up, for the `penalty`
 of `jaxeff.training.classification`.
@@ -22,6 +22,7 @@ from jax import lax
 
 from jaxeff import spec
 from jaxeff.dynamic.engines import of_groups
+from jaxeff.dynamic.linen import GatedConvolution
 from jaxeff.dynamic.masks import mask_of, top_k_indices
 from jaxeff.dynamic.settings import DynamicSpec
 from jaxeff.ops import activation, conv_general_dilated
@@ -87,9 +88,11 @@ class BoostedConv(nn.Module):
         g = nn.relu(_dense(groups, bias=1.0, param_dtype=self.param_dtype, name="saliency")(saliency))
         _set(self, LOSSES, self.penalty * g.sum(-1).mean())
         chosen = top_k_indices(lax.stop_gradient(g), kept)
-        conv = conv_general_dilated
+        conv, gate = conv_general_dilated, self.conv_general_dilated_cls
         if self.gathered and not train and kept < groups:
-            conv = functools.partial(_some_outputs, of_groups(chosen, self.group_size))
+            units = of_groups(chosen, self.group_size)
+            conv = functools.partial(_some_outputs, units, conv_general_dilated)
+            gate = None if gate is None else functools.partial(_gate_of_some_outputs, units, gate)
         y = nn.Conv(
             self.features,
             self.kernel_size,
@@ -100,7 +103,7 @@ class BoostedConv(nn.Module):
             param_dtype=self.param_dtype,
             kernel_init=nn.initializers.he_normal(),
             conv_general_dilated=conv,
-            conv_general_dilated_cls=self.conv_general_dilated_cls,
+            conv_general_dilated_cls=gate,
             name="conv",
         )(x)
         norm = _norm(self, train, use_bias=True, name="norm")
@@ -272,13 +275,21 @@ def _norm(module: Any, train: bool, *, use_bias: bool, name: str) -> nn.BatchNor
     )
 
 
-def _some_outputs(units, lhs, rhs, window_strides, padding, **options) -> jax.Array:
+def _gate_of_some_outputs(units, gate) -> Callable[..., jax.Array]:
+    """A gate on the input of `_some_outputs`; by itself where its ratios are traced, as they may be one per sample."""
+    module = gate()
+    if not isinstance(module, GatedConvolution) or module.has_ratios:
+        return module
+    return functools.partial(_some_outputs, units, module.function())
+
+
+def _some_outputs(units, convolve, lhs, rhs, window_strides, padding, **options) -> jax.Array:
     """The convolution of every sample with its own output channels [N, k] of the kernel; the others are zero."""
     shape = rhs.shape[-1]
 
     def one(sample):
         x, own = sample
-        y = conv_general_dilated(x[None], rhs[..., own], window_strides, padding, **options)[0]
+        y = convolve(x[None], rhs[..., own], window_strides, padding, **options)[0]
         return (
             jnp.zeros((*y.shape[:-1], shape), y.dtype).at[..., own].set(y, indices_are_sorted=True, unique_indices=True)
         )

@@ -5,9 +5,10 @@ learns, or in a sweep, the ratios may come as variables instead, traced, by mask
 the layer, `{"gate": {"channels": ..., "columns": ...}}`.
 """
 
+import contextlib
 import fnmatch
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -37,11 +38,17 @@ class GatedConvolution(nn.Module):
 
     def function(self) -> Callable[..., jax.Array]:
         """The convolution as a pure function, with its ratios bound."""
-        if not self.has_variable(RATIOS, "channels"):
-            ratios: tuple[Any, Any] | None = None
-        else:
+        ratios: tuple[Any, Any] | None = None
+        if self.has_ratios:
             ratios = (self.get_variable(RATIOS, "channels"), self.get_variable(RATIOS, "columns"))
-        return functools.partial(_convolve, "/".join(self.path[:-1]), self.settings, ratios)
+        for seen in _SEEN:
+            seen["/".join(self.scope.path)] = ratios is not None
+        return functools.partial(_convolve, "/".join(self.scope.path[:-1]), self.settings, ratios)
+
+    @property
+    def has_ratios(self) -> bool:
+        """Whether its ratios come as variables."""
+        return self.has_variable(RATIOS, "channels")
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Convolves lhs [N, H, W, C] with rhs [kh, kw, C, O]; arguments as of lax.
@@ -76,7 +83,8 @@ class Gated(nn.Module):
       gates: {path or glob of the convolutions that read what is gated, as in "block1/*/conv2": settings}.
 
     Raises:
-      ValueError: when it is called, for a name that matches no convolution, listing those there are.
+      ValueError: when it is called, for a name that matches no convolution, listing those there are, or a layer that
+        has a `conv_general_dilated_cls` already.
     """
 
     network: nn.Module
@@ -89,19 +97,24 @@ class Gated(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the network."""
         seen: list[str] = []
-        root = len(self.path)
+        made: list[Any] = []
+        root = len(self.scope.path)
 
         def intercept(call, call_args, call_kwargs, context):
             module = context.module
             if context.method_name != "__call__" or not hasattr(module, "conv_general_dilated_cls"):
                 return call(*call_args, **call_kwargs)
-            path = "/".join(module.path[root:])
+            path = "/".join(module.scope.path[root:])
             seen.append(path)
             settings = next((s for name, s in self.gates.items() if fnmatch.fnmatchcase(path, name)), None)
-            if settings is None or module.conv_general_dilated_cls is not None:
+            own = module.conv_general_dilated_cls
+            if settings is None or any(own is gate for gate in made):
                 return call(*call_args, **call_kwargs)
+            if own is not None:
+                raise ValueError(f"gate before {path!r}: the layer has a conv_general_dilated_cls already, {own!r}")
+            made.append(gated(settings))
             # The same module with another convolution, in the place of the one that was called.
-            gated_module = module.clone(parent=module.scope, conv_general_dilated_cls=gated(settings))
+            gated_module = module.clone(parent=module.scope, conv_general_dilated_cls=made[-1])
             try:
                 return gated_module(*call_args, **call_kwargs)
             except ValueError as error:
@@ -132,24 +145,50 @@ class GatedCall(NamedTuple):
     window: Geometry
 
 
-def gated_calls(module: nn.Module, x: Any) -> tuple[GatedCall, ...]:
+def gated_calls(module: nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None) -> tuple[GatedCall, ...]:
     """The gated convolutions of a network in the order in which they run, one for each projection of a neuron.
 
     Args:
       module: a Linen module, for example `jaxeff.models.Network` or `Gated`.
-      x: an input, an array or `jax.ShapeDtypeStruct`.
+      *inputs: what it is called with: pytrees of arrays, `jax.ShapeDtypeStruct` and numbers.
+      options: keyword arguments of its call, such as {"train": False}.
     """
     calls: list[GatedCall] = []
+    leaves, structure = jax.tree.flatten(inputs)
+    shaped = {i: jax.ShapeDtypeStruct(a.shape, a.dtype) for i, a in enumerate(leaves) if hasattr(a, "shape")}
+
+    def init(arrays):
+        filled = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return module.init(jax.random.key(0), *jax.tree.unflatten(structure, filled), **(options or {}))
+
     _WATCHED.append(calls)
     try:
-        jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(x.shape, x.dtype))
+        jax.eval_shape(init, shaped)
     finally:
-        _WATCHED.remove(calls)
+        _WATCHED.pop()
     return tuple(calls)
 
 
-# Lists that calls are added to while a network is traced for `gated_calls`.
+@contextlib.contextmanager
+def reading_ratios(paths: Iterable[Iterable[str]]) -> Iterator[None]:
+    """Within it, every gate of these paths must read its ratios, if any gate is traced at all.
+
+    Raises:
+      ValueError: at its end, for paths that no gate has; lists those of the network.
+    """
+    seen: dict[str, bool] = {}
+    _SEEN.append(seen)
+    try:
+        yield
+    finally:
+        _SEEN.pop()
+    if seen and (unread := [path for block in paths for path in block if not seen.get(path)]):
+        raise ValueError(f"paths: no gate reads the ratios of {unread}; the gates are at {sorted(seen)}")
+
+
+# What is written to while a network is traced: calls for `gated_calls`, and by path whether a gate has read ratios.
 _WATCHED: list[list[GatedCall]] = []
+_SEEN: list[dict[str, bool]] = []
 
 
 def _convolve(

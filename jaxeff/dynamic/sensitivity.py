@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxeff.dynamic.linen import RATIOS
+from jaxeff.dynamic.linen import RATIOS, reading_ratios
 from jaxeff.dynamic.targeted_dropout import ratio_variables
 
 DIMENSIONS: tuple[str, ...] = ("channels", "columns")
@@ -75,7 +75,8 @@ def sensitivity(
       names: of the blocks; by default "block 1" and so on.
 
     Raises:
-      ValueError: for a grid that does not ascend from 0 to below 1, or images and labels that do not fit.
+      ValueError: for a grid that does not ascend from 0 to below 1, images and labels that do not fit, paths that no
+        gate has, or another number of names than of blocks.
     """
     ratios = np.asarray(grid, np.float32)
     if not len(ratios) or ratios[0] != 0 or np.any(np.diff(ratios) <= 0) or ratios[-1] >= 1:
@@ -83,6 +84,8 @@ def sensitivity(
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
         raise ValueError(f"images and labels must be [N, H, W, C] and [N], got {images.shape} and {labels.shape}")
+    if names and len(names) != len(paths):
+        raise ValueError(f"names are of {len(paths)} blocks, got {len(names)}: {tuple(names)}")
     size = min(batch_size, len(images))
     count = len(images) // size * size
     batches = tuple(a[:count].reshape(-1, size, *a.shape[1:]) for a in (images, labels))
@@ -103,7 +106,8 @@ def _right(apply, paths, variables, batches, tables):
 
             def of_batch(batch):
                 images, labels = batch
-                logits = apply({**variables, RATIOS: ratios}, images)
+                with reading_ratios(paths):
+                    logits = apply({**variables, RATIOS: ratios}, images)
                 return jnp.sum(logits.argmax(-1) == labels)
 
             return lax.map(of_batch, batches).sum()

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxeff.dynamic.engines import Geometry, convolve, out_size
 from jaxeff.dynamic.engines.geometry import LAYOUT
 from jaxeff.dynamic.linen import GatedCall, gated_calls
 from jaxeff.dynamic.selection import Kept
+from jaxeff.dynamic.settings import DynamicSpec
 from jaxeff.dynamic.tune import with_engine
 from jaxeff.ops import autotune
 
@@ -86,19 +87,23 @@ class SpeedReport:
         return "\n".join([*aligned([header, *cells]), f"efficiency, geometric mean: {self.efficiency:.2f}"])
 
 
-def speed_report(module: nn.Module, batch: Any, *, rounds: int = 15) -> SpeedReport:
+def speed_report(
+    module: nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, rounds: int = 15
+) -> SpeedReport:
     """Measures every gated convolution of a network: dense in its fastest form, masked, and with its engine.
 
     Args:
       module: a Linen module with gates, for example `jaxeff.models.Network` or `jaxeff.dynamic.Gated`; run
         `jaxeff.dynamic.tune` before, or engines that are "auto" are "mask".
-      batch: an input, an array or `jax.ShapeDtypeStruct`; speeds depend on its size.
+      *inputs: what it is called with: pytrees of arrays, `jax.ShapeDtypeStruct` and numbers; speeds depend on the size
+        of the batch.
+      options: keyword arguments of its call.
       rounds: how often everything is timed, in turn.
 
     Raises:
       ValueError: if the network has no gates.
     """
-    calls = gated_calls(module, batch)
+    calls = gated_calls(module, *inputs, options=options)
     if not calls:
         raise ValueError("the network has no gated convolutions; jaxeff.dynamic.gate or Gated puts gates into it")
     measured: dict[str, LayerSpeed] = {}
@@ -130,7 +135,10 @@ def dense_forms(window: Geometry) -> dict[str, Callable[[jax.Array, jax.Array], 
 
 def _measure(call: GatedCall, rounds: int) -> LayerSpeed:
     shown = f"{list(call.x.shape)} x {list(call.kernel.shape)}"
-    engine = convolution.resolved(call.settings, _all_dropped(call), call.x, call.kernel, call.window)
+    size, channels = (call.x.shape[1], call.x.shape[2]), call.x.shape[-1]
+    out = out_size(call.window, size, call.kernel.shape[:2])
+    dropped = _dropped(call.settings, size, channels, out)
+    engine = convolution.resolved(call.settings, dropped, call.x, call.kernel, call.window)
     forms: dict[str, Callable[..., Any]] = {**dense_forms(call.window), "mask": with_engine(call, "mask")}
     contestants = {**forms, "engine": with_engine(call, engine)}
     times = autotune.seconds(contestants, (call.x, call.kernel), rounds)
@@ -138,16 +146,18 @@ def _measure(call: GatedCall, rounds: int) -> LayerSpeed:
     dense = min(forms, key=median.__getitem__)
     real = statistics.median(a / b for a, b in zip(times[dense], times["engine"], strict=True))
     seconds = {"dense": median[dense], "mask": median["mask"], "engine": median["engine"]}
-    size = (call.x.shape[1], call.x.shape[2])
-    out = out_size(call.window, size, call.kernel.shape[:2])
-    counted = 1 / density(call.settings, (*size, call.x.shape[-1]), out)
+    counted = 1 / density(call.settings, (*size, channels), out)
     return LayerSpeed(call.path, shown, dense, engine, seconds, counted, real)
 
 
-def _all_dropped(call: GatedCall) -> Kept:
-    """As what `resolved` asks of the indices is only whether there are any."""
+def _dropped(settings: DynamicSpec, size: tuple[int, int], channels: int, out: tuple[int, int]) -> Kept:
+    """What `select` would choose, as far as `resolved` asks: whether there is anything to choose."""
     there: Any = True
-    return Kept(*(there if getattr(call.settings, axis) else None for axis in Kept._fields))
+    return Kept(
+        there if settings.groups_kept(channels) < channels // settings.group_size else None,
+        there if settings.columns and settings.tiles_kept(size) < size[0] * size[1] // settings.tile**2 else None,
+        there if settings.outputs and out else None,
+    )
 
 
 def _product_of_patches(window: Geometry, barrier: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxeff import spec
 from jaxeff.dynamic.gate import blocks, readers
-from jaxeff.dynamic.linen import RATIOS
+from jaxeff.dynamic.linen import RATIOS, reading_ratios
 from jaxeff.dynamic.settings import DynamicSpec
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -128,9 +128,7 @@ def targeted_dropout(
     def apply(variables, inputs, train, key):
         inner = {name: value for name, value in variables.items() if name != ASCENT}
         step = variables[ASCENT]["step"]
-        inner[RATIOS] = ratio_variables(paths, schedule(step))
-        outputs, state = functions.apply(inner, inputs, train, key)
-        state = {name: value for name, value in state.items() if name != RATIOS}
+        outputs, state = _at(functions, paths, schedule(step), inner, inputs, train, key)
         return outputs, {**state, ASCENT: {"step": step + train}}
 
     return Functions(start, apply)
@@ -162,9 +160,8 @@ def sandwich(
     """
     low, high = jnp.asarray(least, jnp.float32), jnp.asarray(most, jnp.float32)
 
-    def at(table, variables, inputs, train, key):
-        outputs, state = functions.apply({**variables, RATIOS: ratio_variables(paths, table)}, inputs, train, key)
-        return outputs, {name: value for name, value in state.items() if name != RATIOS}
+    def at(table, *call):
+        return _at(functions, paths, table, *call)
 
     def apply(variables, inputs, train, key):
         if not train:
@@ -204,29 +201,32 @@ def calibrate(
       variables: of the network.
       batches: inputs, each as large as a training batch.
       paths: of the gates of each block, as of `block_paths`; empty for the gates' own ratios.
-      table: [B, 2], shares of channels and columns that are dropped.
+      table: [B, 2], shares of channels and columns that are dropped; with `paths`, and only with them.
 
     Returns:
       The variables with the new statistics.
 
     Raises:
-      ValueError: without batches or statistics.
+      ValueError: without batches or statistics, for an empty batch, or for paths without a table.
     """
+    if bool(len(paths)) != (table is not None):
+        raise ValueError("paths and table belong together: give both, or neither for the gates' own ratios")
     rest = {name: value for name, value in variables.items() if name not in ("batch_stats", RATIOS)}
     old = variables.get("batch_stats")
     if not old:
         raise ValueError("variables have no batch_stats: there is nothing to calibrate")
-    ratios = {RATIOS: ratio_variables(paths, table)} if len(paths) else {}
 
     @jax.jit
     def updated(constant, inputs):
         stats = jax.tree.map(lambda leaf: jnp.full_like(leaf, constant), old)
-        return functions.apply({**rest, **ratios, "batch_stats": stats}, inputs, True, jax.random.key(0))[1][
-            "batch_stats"
-        ]
+        call = {**rest, "batch_stats": stats}, inputs, True, jax.random.key(0)
+        _, state = _at(functions, paths, table, *call) if len(paths) else functions.apply(*call)
+        return state["batch_stats"]
 
     total, count, kept = None, 0, None
     for inputs in batches:
+        if not len(jax.tree.leaves(inputs)[0]):
+            raise ValueError(f"batches: batch {count} is empty; its statistics would be NaN")
         # A norm keeps m * old + (1 - m) * batch; from zeros and from ones, both m and the batch's own are known.
         by_zero = updated(0.0, inputs)
         if kept is None:
@@ -237,6 +237,13 @@ def calibrate(
     if total is None:
         raise ValueError("batches is empty: give at least one batch of inputs")
     return {**variables, "batch_stats": jax.tree.map(lambda value: value / count, total)}
+
+
+def _at(functions, paths, table, variables, inputs, train, key):
+    """Calls a network whose gates have the ratios of a table."""
+    with reading_ratios(paths):
+        outputs, state = functions.apply({**variables, RATIOS: ratio_variables(paths, table)}, inputs, train, key)
+    return outputs, {name: value for name, value in state.items() if name != RATIOS}
 
 
 def with_ratios(architecture: spec.Architecture, table: Any) -> spec.Architecture:

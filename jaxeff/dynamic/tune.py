@@ -1,7 +1,7 @@
 """Measures the engines of every gated convolution of a network, and remembers the fastest of each."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,26 +13,36 @@ from jaxeff.dynamic.linen import GatedCall, gated_calls
 from jaxeff.ops import autotune
 
 
-def tune(module: nn.Module, x: Any, *, train: bool = False) -> dict[str, str]:
+def tune(
+    module: nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None, train: bool = False
+) -> dict[str, str]:
     """Measures every exact engine of every gated convolution; takes seconds per layer.
 
     Args:
       module: a Linen module, for example `jaxeff.models.Network` or `jaxeff.dynamic.Gated`.
-      x: an input of the batch size that matters, an array or `jax.ShapeDtypeStruct`.
-      train: whether forward and backward pass are measured together, or the forward pass alone.
+      *inputs: what it is called with, of the batch size that matters: pytrees of arrays, `jax.ShapeDtypeStruct` and
+        numbers.
+      options: keyword arguments of its call.
+      train: whether forward and backward pass are measured together, or the forward pass alone. The table has one
+        engine for each shape, that of the last measurement: who trains and serves at one batch size measures before
+        each.
 
     Returns:
       The fastest engine by the signature of the layer; "mask" where none is faster than masking. Layers with
-      `engine="auto"` that are traced from now on, in this process and in later ones, use it.
+      `engine="auto"` that are traced from now on, in this process and in later ones, use it. Engines that do not
+      compile for a layer are left out with a warning.
     """
-    calls = {convolution.signature(c.settings, c.x, c.kernel, c.window): c for c in gated_calls(module, x)}
+    calls = {
+        convolution.signature(c.settings, c.x, c.kernel, c.window): c
+        for c in gated_calls(module, *inputs, options=options)
+    }
     found = {}
     for name, call in calls.items():
         names = convolution.candidates(call.settings, call.x, call.window)
         forms = {engine: with_engine(call, engine) for engine in names}
         if train:
             forms = {engine: _step(form) for engine, form in forms.items()}
-        found[name] = autotune.fastest(forms, (call.x, call.kernel), rounds=9)
+        found[name] = autotune.fastest(forms, (call.x, call.kernel), rounds=9, optional=set(forms) - {"mask"})
     autotune.remember(found)
     return found
 

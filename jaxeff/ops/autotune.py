@@ -10,7 +10,8 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,14 +52,22 @@ def remember(found: dict[str, str]) -> None:
     temporary.replace(path)
 
 
-def fastest(forms: Mapping[str, Callable[..., Any]], arguments: Iterable[Any], rounds: int = 5) -> str:
+def fastest(
+    forms: Mapping[str, Callable[..., Any]],
+    arguments: Iterable[Any],
+    rounds: int = 5,
+    optional: Collection[str] = (),
+) -> str:
     """Name of the form with the lowest median time; arguments as of `seconds`."""
-    times = seconds(forms, arguments, rounds)
+    times = seconds(forms, arguments, rounds, optional)
     return min(times, key=lambda name: statistics.median(times[name]))
 
 
 def seconds(
-    forms: Mapping[str, Callable[..., Any]], arguments: Iterable[Any], rounds: int = 5
+    forms: Mapping[str, Callable[..., Any]],
+    arguments: Iterable[Any],
+    rounds: int = 5,
+    optional: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Wall time of every form, compiled, taking turns, so that a machine whose speed drifts treats them alike.
 
@@ -66,14 +75,27 @@ def seconds(
       forms: functions of the arguments.
       arguments: pytrees of arrays or shapes; random numbers of these shapes are used.
       rounds: how often each of them runs, after a first time that does not count.
+      optional: forms that are left out, with a warning, where they do not compile.
 
     Returns:
       The times of each form in the order of the rounds.
+
+    Raises:
+      ValueError: if rounds is below 1.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
     rng = np.random.default_rng(0)  # jax.random would compile a program for every shape
     values = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape, np.float32), a.dtype), tuple(arguments))
-    compiled = {name: jax.jit(form).lower(*values).compile() for name, form in forms.items()}
-    times: dict[str, list[float]] = {name: [] for name in forms}
+    compiled = {}
+    for name, form in forms.items():
+        try:
+            compiled[name] = jax.jit(form).lower(*values).compile()
+        except Exception as error:  # compilers fail in ways of their own
+            if name not in optional:
+                raise
+            warnings.warn(f"{name!r} is left out, as it does not compile here: {error}", stacklevel=2)
+    times: dict[str, list[float]] = {name: [] for name in compiled}
     for turn in range(rounds + 1):
         for name, run in compiled.items():
             start = time.perf_counter()

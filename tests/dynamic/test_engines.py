@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxeff import dynamic
-from jaxeff.dynamic import ENGINES, DynamicSpec, engines
+from jaxeff.dynamic import ENGINES, DynamicSpec
 
 # "slabs" runs in half precision on a GPU: tests/dynamic/test_slabs.py. Widths are nothing that attention chooses.
 EXACT = [name for name, engine in ENGINES.items() if engine.exact and name not in ("slabs", "width_slices")]

@@ -246,6 +246,23 @@ def test_a_network_of_ones_own_is_gated_without_being_rewritten():
     np.testing.assert_allclose(found, y.mean((1, 2)), rtol=1e-4, atol=1e-5)
 
 
+def test_paths_are_those_of_the_variables():
+    network = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu, nn.Conv(8, (3, 3))])
+    gated = dynamic.Gated(network, {"layers_2": HALF})
+    x = jnp.ones((1, 6, 6, 3))
+    made = jax.eval_shape(gated.init, jax.random.key(0), x)["params"]
+    assert set(made) == {"layers_0", "layers_2"}
+    assert [call.path for call in dynamic.gated_calls(gated, x)] == ["layers_2"]
+
+
+class Taken(nn.Module):
+    """A network with a gate of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(8, (3, 3), conv_general_dilated_cls=dynamic.gated(HALF), name="conv")(x)
+
+
 def test_bad_gates_of_networks_are_named():
     x = jnp.ones((1, 6, 6, 3))
     with pytest.raises(ValueError, match=r"gates name \['block7/\*'\], but the convolutions are: first, block0/conv"):
@@ -254,6 +271,8 @@ def test_bad_gates_of_networks_are_named():
         jax.eval_shape(
             dynamic.Gated(Own(), {"*/conv": DynamicSpec(channels=0.5, group_size=3)}).init, jax.random.key(0), x
         )
+    with pytest.raises(ValueError, match="gate before 'conv': the layer has a conv_general_dilated_cls already"):
+        jax.eval_shape(dynamic.Gated(Taken(), {"conv": HALF}).init, jax.random.key(0), x)
     grouped = nn.Conv(4, (3, 3), feature_group_count=2, conv_general_dilated_cls=dynamic.gated(HALF))
     with pytest.raises(ValueError, match=r"saves nothing before a grouped convolution \(groups=2\)"):
         jax.eval_shape(grouped.init, jax.random.key(0), jnp.ones((1, 4, 4, 4)))

@@ -95,6 +95,22 @@ def test_the_gate_before_the_next_layer_drops_what_the_boosted_layer_closed():
         np.testing.assert_allclose(gated, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("gathered", [True, False])
+def test_a_boosted_layer_with_a_gate_on_its_input_leaves_out_both(gathered):
+    x, settings = relu_map(2, 3, 5, 6, 4), DynamicSpec(channels=0.5, engine="channels")
+    layer = dynamic.BoostedConv(8, 0.5, gathered=gathered, conv_general_dilated_cls=dynamic.gated(settings))
+    variables = started(dynamic.BoostedConv(8, 0.5), x)
+    _, g = boosted(variables, x, 4, 1)
+    kept = np.asarray(dynamic.masked(x, dynamic.select(x, settings), settings))
+    p, stats = variables["params"], variables["batch_stats"]["norm"]
+    y = (convolved(kept, np.asarray(p["conv"]["kernel"])) - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
+    boost = np.where(np.argsort(np.argsort(-g, kind="stable")) < 4, g, 0)[:, None, None]
+    expected = np.maximum(boost * (y + p["norm"]["bias"]), 0)
+    np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=2e-5, atol=2e-5)
+    (call,) = dynamic.gated_calls(layer, x)
+    assert call.kernel.shape == ((3, 3, 4, 4) if gathered else (3, 3, 4, 8)) and len(call.x.shape) == 4
+
+
 def test_a_channel_gated_layer_is_its_formula():
     layer = dynamic.ChannelGatedConv(6, base=0.5, use_bias=True, penalty=0.5, target=2.0)
     x = relu_map(0, 3, 5, 5, 4)

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +37,8 @@ def test_gated_calls_are_the_layers_as_they_run():
 def test_tuned_layers_run_the_engine_that_was_fastest(monkeypatch, train):
     seen = {}
 
-    def fastest(forms, arguments, rounds):
+    def fastest(forms, arguments, rounds, optional):
+        assert optional == set(forms) - {"mask"}
         seen.update({engine: form(*(jnp.ones(a.shape) for a in arguments)) for engine, form in forms.items()})
         return "grouped"
 
@@ -53,6 +55,28 @@ def test_tuned_layers_run_the_engine_that_was_fastest(monkeypatch, train):
     ran.clear()
     jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((3, 8, 8, 3), jnp.float32))
     assert not ran  # another batch was not measured
+
+
+class Two(nn.Module):
+    """A network of two inputs and an option."""
+
+    @nn.compact
+    def __call__(self, x, scale, *, doubled):
+        conv = nn.Conv(8, (3, 3), conv_general_dilated_cls=dynamic.gated(DynamicSpec(channels=0.5)))
+        return conv(x * scale["by"]) * (2 if doubled else 1)
+
+
+def test_networks_of_several_inputs_and_options_are_measured():
+    inputs = X, {"by": jax.ShapeDtypeStruct((), jnp.float32)}
+    (call,) = dynamic.gated_calls(Two(), *inputs, options={"doubled": True})
+    assert (call.path, call.x.shape) == ("Conv_0", X.shape)
+    assert len(dynamic.tune(Two(), *inputs, options={"doubled": True})) == 1
+    assert len(dynamic.speed_report(Two(), *inputs, options={"doubled": False}, rounds=1).rows) == 1
+
+
+def test_a_gate_that_keeps_everything_is_reported_as_masking():
+    report = dynamic.speed_report(network(channels=0.01, engine="channels"), X, rounds=1)
+    assert {row.engine for row in report.rows} == {"mask"}
 
 
 def test_candidates_save_what_is_dropped():

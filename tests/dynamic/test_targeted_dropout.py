@@ -152,8 +152,27 @@ def test_calibration_is_for_the_given_ratios(variables):
     chex.assert_trees_all_close(ours, expected, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="batches is empty"):
         dynamic.calibrate(functions, variables, [])
+    with pytest.raises(ValueError, match="batch 1 is empty"):
+        dynamic.calibrate(functions, variables, [X, X[:0]])
+    with pytest.raises(ValueError, match="paths and table belong together"):
+        dynamic.calibrate(functions, variables, [X], table=table)
     with pytest.raises(ValueError, match="variables have no batch_stats"):
         dynamic.calibrate(functions, {"params": {}}, [X])
+
+
+def test_paths_that_no_gate_has_are_found(variables):
+    wrong, functions = [["conv2/layer/gate"], ["conv9/layer/gate"]], training.from_linen(NETWORK)
+    message = r"no gate reads the ratios of \['conv9/layer/gate'\]; the gates are at \['conv2/layer/gate', 'conv3/"
+    with pytest.raises(ValueError, match=message):
+        dynamic.calibrate(functions, variables, [X], paths=wrong, table=np.zeros((2, 2)))
+    dropped = dynamic.targeted_dropout(functions, wrong, lambda step: jnp.zeros((2, 2)))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: dropped.apply({**variables, "ascent": {"step": 0}}, X, True, jax.random.key(0)))
+    labels = np.zeros(len(X), int)
+    with pytest.raises(ValueError, match=message):
+        dynamic.sensitivity(NETWORK.apply, variables, X, labels, wrong)
+    with pytest.raises(ValueError, match=r"names are of 2 blocks, got 1: \('first',\)"):
+        dynamic.sensitivity(NETWORK.apply, variables, X, labels, PATHS, names=["first"])
 
 
 def test_bad_schedules_and_tables_are_refused():

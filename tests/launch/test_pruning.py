@@ -77,9 +77,10 @@ def test_steps_of_a_cascade_alone_are_as_accurate_as_the_networks(finished):
 
 
 @pytest.mark.slow
-def test_what_trains_starts_from_its_source_and_a_run_goes_on_where_it_stopped(finished, capsys):
+def test_what_trains_starts_from_its_source_and_a_run_goes_on_where_it_stopped(finished, capsys, monkeypatch):
     workdir, summary = finished
     timed = {"latency_ms", "train_seconds"}
+    monkeypatch.setattr(pruning, "chosen", lambda *args: pytest.fail("ratios are those that the run began with"))
     again = train.run(tiny().lock(), str(workdir))
     for before, after in zip(summary["networks"], again["networks"], strict=True):
         assert {k: v for k, v in before.items() if k not in timed} == {k: v for k, v in after.items() if k not in timed}
@@ -143,6 +144,7 @@ def test_dense_networks_are_left_as_they_are():
         (gates(1.5), "channels is the share that is dropped"),
         (gates(0.5, group_size=3), "group_size=3 does not divide"),
         (gates(0.5, increment=0.01), r"climb in 40 steps from 0.1 by 0.01, but there are only 3"),
+        (gates(0.5, calibrate=5), "calibrate=5 batches of 16, but there are 64 images"),
         (gates(0.5, source="other"), "a source must be another network of"),
         (gates(0.5, source="sandwich"), "a source must be another network of"),
         (gates(0.5, source="wide"), "its source 'wide' has parameters of other shapes"),

@@ -22,6 +22,19 @@ def test_the_faster_form_wins():
     assert autotune.fastest({"slow": slow, "fast": lambda x: x}, [np.ones(3, np.float32)], rounds=2) == "fast"
 
 
+def test_forms_that_do_not_compile_are_left_out_where_they_are_optional():
+    def broken(x):
+        raise NotImplementedError("no such instruction")
+
+    forms, arguments = {"broken": broken, "fine": lambda x: x}, [np.ones(3, np.float32)]
+    with pytest.warns(UserWarning, match="'broken' is left out, as it does not compile here: no such instruction"):
+        assert autotune.fastest(forms, arguments, optional=["broken"]) == "fine"
+    with pytest.raises(NotImplementedError, match="no such instruction"):
+        autotune.fastest(forms, arguments)
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        autotune.seconds(forms, arguments, 0)
+
+
 def test_a_missing_or_damaged_table_is_an_empty_one():
     assert autotune.lookup("anything") is None
     autotune.remember({"layer": "stacked"})
