@@ -42,8 +42,8 @@ class GatedConvolution(nn.Module):
         if self.has_ratios:
             ratios = (self.get_variable(RATIOS, "channels"), self.get_variable(RATIOS, "columns"))
         for seen in _SEEN:
-            seen["/".join(self.scope.path)] = ratios is not None
-        return functools.partial(_convolve, "/".join(self.scope.path[:-1]), self.settings, ratios)
+            seen["/".join(_path(self))] = ratios is not None
+        return functools.partial(_convolve, "/".join(_path(self)[:-1]), self.settings, ratios)
 
     @property
     def has_ratios(self) -> bool:
@@ -98,13 +98,13 @@ class Gated(nn.Module):
         """Calls the network."""
         seen: list[str] = []
         made: list[Any] = []
-        root = len(self.scope.path)
+        root = len(_path(self))
 
         def intercept(call, call_args, call_kwargs, context):
             module = context.module
             if context.method_name != "__call__" or not hasattr(module, "conv_general_dilated_cls"):
                 return call(*call_args, **call_kwargs)
-            path = "/".join(module.scope.path[root:])
+            path = "/".join(_path(module)[root:])
             seen.append(path)
             settings = next((s for name, s in self.gates.items() if fnmatch.fnmatchcase(path, name)), None)
             own = module.conv_general_dilated_cls
@@ -184,6 +184,15 @@ def reading_ratios(paths: Iterable[Iterable[str]]) -> Iterator[None]:
         _SEEN.pop()
     if seen and (unread := [path for block in paths for path in block if not seen.get(path)]):
         raise ValueError(f"paths: no gate reads the ratios of {unread}; the gates are at {sorted(seen)}")
+
+
+def _path(module: nn.Module) -> tuple[str, ...]:
+    """Where the variables of a module stand: `module.path` keeps the name of a scope that it shares no longer."""
+    names, scope = [], module.scope
+    while scope.parent is not None:
+        names.append(scope.name)
+        scope = scope.parent
+    return (*scope.path, *reversed(names))
 
 
 # What is written to while a network is traced: calls for `gated_calls`, and by path whether a gate has read ratios.
