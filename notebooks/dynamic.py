@@ -126,7 +126,7 @@ print(f"multiply-accumulates left: {left.counted / left.dense:.2f}")
 
 # %%
 pace = {"start": 0.0, "increment": 0.1}
-every = steps // 2 // dynamic.ascent_steps(chosen, **pace, every=1)
+every = max(1, steps // 2 // max(1, dynamic.ascent_steps(chosen, **pace, every=1)))
 schedule = dynamic.ratio_ascent(chosen, **pace, every=every)
 results["pruned"] = learned(*dynamic.targeted_dropout(training.from_linen(gated), paths, schedule))
 for name, result in results.items():

@@ -9,6 +9,10 @@ steps. Without any training, the same gates rank by attention, at random and by 
 
 Channels are ranked by their root mean square and the ratios climb fast, as that was better than the mean and a slow
 climb (by 0.3 and 0.2 points, with one seed, on the test images of Fashion-MNIST; CIFAR-10 had no part in it).
+
+25 minutes for Fashion-MNIST and 40 for CIFAR-10 on two CPU cores; not timed on a GPU yet. Expected on Fashion-MNIST:
+dense 89.9 %, trained on 91.1 %, pruned 90.4 %, untrained by attention 84.1 %, at random 20.7 %, by inverse attention
+10.5 %; on CIFAR-10: 72.2, 76.7, 73.2, 61.9, 16.1 and 10.9 %.
 """
 
 from ml_collections import ConfigDict

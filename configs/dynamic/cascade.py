@@ -5,6 +5,9 @@
 One network sees 14x14 pixels, the other all 28x28. `figures/cascade.png` then has the accuracy of the cascade on the
 test images by the time it takes, for thresholds of the highest probability from 0.5 to 0.99, beside those of each
 network alone.
+
+Seven minutes on two CPU cores; not timed on a GPU yet. Expected: 86.2 % in 0.10 ms an image alone at 14x14, 90.6 % in
+0.39 ms at 28x28; together at the threshold 0.9 90.6 % in 0.30 ms, at 0.7 89.8 % in 0.22 ms.
 """
 
 from ml_collections import ConfigDict

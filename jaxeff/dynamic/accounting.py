@@ -17,7 +17,8 @@ class GatedCost(NamedTuple):
     Attributes:
       dense: of the layer without its gate.
       counted: of what its gate keeps.
-      attention: additions of the sums that rank channels and columns; not part of `counted`.
+      attention: additions of the sums that rank channels and columns; not part of `counted`. Comparing the sums costs
+        next to nothing: one number for each channel and column.
     """
 
     dense: int

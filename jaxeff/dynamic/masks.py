@@ -15,24 +15,22 @@ from jax import lax
 from jaxeff import compat
 
 
-def keep_count(ratio: float, size: int, step: int = 1) -> int:
+def keep_count(ratio: float, size: int) -> int:
     """How many of `size` things are kept when a share is dropped: at least one, rounded half up.
 
     Args:
       ratio: share that is dropped, in [0, 1).
       size: how many there are.
-      step: the count becomes the nearest multiple of this, at least one step, at most `size`.
 
     Raises:
-      ValueError: for a ratio outside [0, 1), or a size or step below 1.
+      ValueError: for a ratio outside [0, 1), or a size below 1.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio is the share that is dropped, in [0, 1), got {ratio}")
-    if size < 1 or step < 1:
-        raise ValueError(f"size and step must be at least 1, got size={size}, step={step}")
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
     # What is meant by 0.9 is nine tenths: (1 - 0.9) * 15 is not quite 1.5.
-    wanted = math.floor(round((1 - ratio) * size / step, 9) + 0.5) * step
-    return min(max(wanted, step), size)
+    return max(1, math.floor(round((1 - ratio) * size, 9) + 0.5))
 
 
 def top_k_indices(scores: jax.Array, k: int) -> jax.Array:

@@ -29,7 +29,7 @@ def gathered_columns(window: Geometry, size: Size, x: jax.Array, kernel: jax.Arr
       size: (H, W).
       x: [N, P, C], positions in row-major order.
       kernel: [kh, kw, C, O].
-      columns: int32 [N, K], ascending.
+      columns: int32 [N, K], no two of a sample alike.
 
     Returns:
       [N, H', W', O]. Its backward pass costs the kept share, too.

@@ -5,6 +5,9 @@ kept channels, loads the inputs at those channels and the rows of the kernel tha
 products in float32. Before the tile is written, bias and ReLU are done and it is summed along both of its axes: the
 channel and column attention that the gate of the next layer needs is then a sum of a few numbers.
 
+A network that runs the engine takes the output alone: its norms stand between a convolution and its ReLU. Whoever folds
+them into kernel and bias calls `fused_channels` and has all of it.
+
 Written in Pallas for its Triton backend, which loads by index; on other devices, and in tests, it runs interpreted.
 
 Letters: N batch, C input channels, K of them kept, O output channels, P output positions; m, n, k the sizes of a tile

@@ -28,7 +28,7 @@ def output_columns(window: Geometry, size: Size, x: jax.Array, kernel: jax.Array
       size: (H, W).
       x: [N, P, C], positions in row-major order.
       kernel: [kh, kw, C, O].
-      outputs: int32 [N, K], ascending.
+      outputs: int32 [N, K], no two of a sample alike.
 
     Returns:
       [N, Q, O], zeros at the other positions. Its backward pass costs the kept share, too.
@@ -70,7 +70,7 @@ def output_tiles(
       tile: a tile has tile x tile output positions; divides H' and W'.
       x: [N, H, W, C].
       kernel: [kh, kw, C, O].
-      tiles: int32 [N, K], ascending, in row-major order.
+      tiles: int32 [N, K], numbered in row-major order, no two of a sample alike.
 
     Returns:
       [N, H', W', O], zeros in the other tiles. Its backward pass costs the kept share, too.
