@@ -86,7 +86,6 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
 
 def result_like(array: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a kernel's result that differs along the axes of a `shard_map` along which an array does."""
-    aval = jax.typeof(array)
-    if hasattr(aval, "mat"):
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=aval.mat)
-    return jax.ShapeDtypeStruct(shape, dtype, vma=aval.vma)
+    aval: Any = jax.typeof(array)
+    axes: dict[str, Any] = {"manual_axis_type": aval.mat} if hasattr(aval, "mat") else {"vma": aval.vma}
+    return jax.ShapeDtypeStruct(shape, dtype, **axes)

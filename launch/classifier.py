@@ -63,12 +63,10 @@ def method(
     dataset: data.Dataset,
     steps: int,
     functions: training.ModelFunctions | None = None,
-    repeats: int = 1,
 ) -> training.Method:
     """Builds the classification method of a config: optimiser, restraint, label smoothing, average, augmentation.
 
-    `functions` are those of the module where something else than its own are trained. They see every augmented example
-    `repeats` times in a row.
+    `functions` are those of the module where something else than its own are trained.
     """
     return training.classification(
         *(functions or training.from_linen(module)),
@@ -76,7 +74,7 @@ def method(
         num_classes=dataset.info.num_classes,
         label_smoothing=config["label_smoothing"],
         ema_decay=config["ema_decay"],
-        augment=augmentation(config["augment"], repeats),
+        augment=augmentation(config["augment"]),
         preprocess=standardisation(dataset),
     )
 
@@ -138,18 +136,17 @@ def tested(
     return right / len(dataset)
 
 
-def augmentation(section: Mapping[str, Any], repeats: int = 1) -> Callable[..., Any] | None:
+def augmentation(section: Mapping[str, Any]) -> Callable[..., Any] | None:
     """Builds (key, images, targets) -> (images, targets) from {"crop": pixels, "flip": bool, "cutout", "mixup"}.
 
-    Fields that are absent, 0 or False are off; with all of them off, and without repeats, the result is None. What
-    comes out has every example `repeats` times in a row.
+    Fields that are absent, 0 or False are off; with all of them off the result is None.
 
     Raises:
       ValueError: for an unknown field, listing the valid ones.
     """
     check_fields("augment", section, AUGMENTATIONS)
     wanted = {name: section[name] for name in AUGMENTATIONS if section.get(name)}
-    if not wanted and repeats == 1:
+    if not wanted:
         return None
 
     def augment(key, images, targets):
@@ -162,7 +159,7 @@ def augmentation(section: Mapping[str, Any], repeats: int = 1) -> Callable[..., 
             images = data.cutout(cutout_key, images, size=wanted["cutout"])
         if "mixup" in wanted:
             images, targets = data.mixup(mixup_key, images, targets, alpha=wanted["mixup"])
-        return jnp.repeat(images, repeats, 0), jnp.repeat(targets, repeats, 0)
+        return images, targets
 
     return augment
 

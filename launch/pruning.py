@@ -53,8 +53,6 @@ def check(asked: Mapping[str, Any]) -> None:
         raise ValueError(f"gates: rule must be one of {', '.join(map(repr, RULES))}, got {asked['rule']!r}")
     if not 0 < asked["climb"] <= 1:
         raise ValueError(f"gates: climb is a share of the steps, in (0, 1], got {asked['climb']}")
-    if asked["repeats"] < 1:
-        raise ValueError(f"gates: repeats must be at least 1, got {asked['repeats']}")
     to_choose = [name for name in dynamic.DIMENSIONS if asked[name] is None]
     budgets = [name for name in ("macs", "seconds") if asked[name] is not None]
     if len(budgets) != bool(to_choose):
@@ -180,7 +178,7 @@ def method(
             f"gates: calibrate={asked['calibrate']} batches of {config['batch_size']}, but there are {len(dataset)} "
             "images; renew the norms with fewer"
         )
-    found = classifier.method(module, config, dataset, steps, _functions(module, asked, steps), asked["repeats"])
+    found = classifier.method(module, config, dataset, steps, _functions(module, asked, steps))
     return found if source is None else classifier.starting_from(weights(source), found)
 
 
@@ -251,7 +249,7 @@ def _functions(module: models.Network, asked: Mapping[str, Any], steps: int) -> 
     if asked["rule"] == "none":
         return plain
     if asked["rule"] == "sandwich":
-        return training.ModelFunctions(*dynamic.sandwich(plain, paths, np.minimum(asked["start"], table), table))
+        return training.ModelFunctions(*dynamic.sandwich(plain, paths, np.zeros_like(table), table))
     pace = {"start": asked["start"], "increment": asked["increment"]}
     climbs = dynamic.ascent_steps(table, **pace, every=1)
     if climbs > asked["climb"] * steps:

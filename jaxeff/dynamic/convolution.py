@@ -71,7 +71,7 @@ def conv(
     Raises:
       TypeError: if x is not floating point, or indices are not integers.
       ValueError: for an empty x, shapes or indices that do not fit, a group size or tile that does not divide, an
-        unknown engine or one that has nothing to save here.
+        unknown engine or one that does not fit or has nothing to save here.
     """
     _check_operands(x, kernel)
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
@@ -88,6 +88,8 @@ def conv(
         _check_kept(kept, settings, x, engines.out_size(window, x.shape[1:3], kernel.shape[:2]))
     name = resolved(settings, kept, x, kernel, window)
     engine = ENGINES[name]
+    if reason := engine.misfit(window, settings, x.dtype):
+        raise ValueError(f"engine {name!r} does not fit: {reason}; take 'mask', or 'auto'")
     dropped = kept._replace(**dict.fromkeys(engine.saves))
     if own:
         left = selection.masked_by_scores(x, kept, set(RATIOS) - set(engine.saves), settings)

@@ -188,7 +188,8 @@ def reading_ratios(paths: Iterable[Iterable[str]]) -> Iterator[None]:
 
 def _path(module: nn.Module) -> tuple[str, ...]:
     """Where the variables of a module stand: `module.path` keeps the name of a scope that it shares no longer."""
-    names, scope = [], module.scope
+    names: list[str] = []
+    scope: Any = module.scope
     while scope.parent is not None:
         names.append(scope.name)
         scope = scope.parent

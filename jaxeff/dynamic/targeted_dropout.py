@@ -143,10 +143,9 @@ def sandwich(
     """A network that learns for all ratios between two at once: quarters of every batch have least, most, two random.
 
     The sandwich rule of slimmable networks (Yu and Huang 2019, arXiv 1903.05134) with a quarter of the batch for each
-    of its four passes, so a step costs what it costs without it; with every example four times in a row each pass has
-    all of them. Every quarter has its own batch statistics, as norms that see a mixture of ratios fit none of them. The
-    running ones are those of the highest ratios, which evaluation has too; `calibrate` them for other ratios. Other
-    state, such as losses of gates, is the mean of the four.
+    of its four passes, so a step costs what it costs without it. Every quarter has its own batch statistics, as norms
+    that see a mixture of ratios fit none of them. The running ones are those of the highest ratios, which evaluation
+    has too; `calibrate` them for other ratios. Other state, such as losses of gates, is the mean of the four.
 
     Args:
       functions: (init, apply) of a gated network.

@@ -20,7 +20,7 @@ def tiny(**changes):
     config.networks = {name: network("vgg", plan=PLAN) for name in ("whole", "chosen", "sandwich", "untrained")}
     pace = {"source": "whole", "increment": 0.5}
     config.networks.chosen.gates = gates(None, macs=0.6, sensitivity_split="train[64:104]", **pace)
-    config.networks.sandwich.gates = gates(0.5, columns=0.25, rule="sandwich", repeats=4)
+    config.networks.sandwich.gates = gates(0.5, columns=0.25, rule="sandwich")
     config.networks.untrained.gates = gates((0.5, 0.75), rule="none", source="sandwich", calibrate=2)
     config.optimizer = sgd(0.05, warmup=1)
     config.cascade = ("untrained", "whole")
@@ -133,7 +133,6 @@ def test_dense_networks_are_left_as_they_are():
         (gates(0.5, ratio=1), "unknown field ratio"),
         (gates(0.5, rule="climb"), "rule must be one of 'ascent', 'sandwich', 'none', got 'climb'"),
         (gates(0.5, climb=0.0), "climb is a share of the steps"),
-        (gates(0.5, repeats=0), "repeats must be at least 1, got 0"),
         (gates(None, source="whole", sensitivity_split="train"), "give one budget where a ratio is None"),
         (gates(0.5, macs=0.5), "give one budget where a ratio is None"),
         (gates(None, macs=0.5, source="whole"), "sensitivity_split must name images"),
