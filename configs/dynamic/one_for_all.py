@@ -6,6 +6,10 @@ The one learns by the sandwich rule, between no gates and three quarters of the 
 renewed for every ratio; each of the others learns for its own ratio alone. All take as many steps and cost as much to
 train, so of every ratio the one has seen a quarter as many images. Steps are what it needs: with a quarter of them, and
 every image at four ratios in each, it was four to six points worse.
+
+Half an hour on two CPU cores; not timed on a GPU yet. Expected at a quarter, a half, 0.625 and three quarters of the
+channels dropped: the one 90.0, 89.3, 88.8 and 86.8 %, the others 91.6, 90.5, 90.1 and 87.8 %; after three epochs these
+have 88.5, 86.9, 85.9 and 83.9 %.
 """
 
 from ml_collections import ConfigDict

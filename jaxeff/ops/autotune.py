@@ -18,6 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Of its time that a form must save to be taken in the place of a standard.
+MARGIN = 0.1
+# Every form is timed for so many seconds, as the median of a few short runs depends on what else the machine does.
+LEAST, MOST = 0.05, 50
+
 
 def table_path() -> pathlib.Path:
     """The file: $JAXEFF_CACHE_DIR, or jaxeff in the user's cache folder, and in it autotune.json."""
@@ -56,11 +61,19 @@ def fastest(
     forms: Mapping[str, Callable[..., Any]],
     arguments: Iterable[Any],
     rounds: int = 5,
-    optional: Collection[str] = (),
+    standard: str | None = None,
 ) -> str:
-    """Name of the form with the lowest median time; arguments as of `seconds`."""
-    times = seconds(forms, arguments, rounds, optional)
-    return min(times, key=lambda name: statistics.median(times[name]))
+    """Name of the form with the lowest median time.
+
+    Args:
+      forms, arguments, rounds: as of `seconds`.
+      standard: the form that is taken unless another takes a tenth less time, so that no accident of a busy machine is
+        remembered; the others may fail to compile.
+    """
+    times = seconds(forms, arguments, rounds, () if standard is None else set(forms) - {standard})
+    median = {name: statistics.median(values) for name, values in times.items()}
+    best = min(median, key=median.__getitem__)
+    return best if standard is None or median[best] < (1 - MARGIN) * median[standard] else standard
 
 
 def seconds(
@@ -74,7 +87,7 @@ def seconds(
     Args:
       forms: functions of the arguments.
       arguments: pytrees of arrays or shapes; random numbers of these shapes are used.
-      rounds: how often each of them runs, after a first time that does not count.
+      rounds: how often each of them runs, after a first time that does not count; more often where that is short.
       optional: forms that are left out, with a warning, where they do not compile.
 
     Returns:
@@ -95,14 +108,19 @@ def seconds(
             if name not in optional:
                 raise
             warnings.warn(f"{name!r} is left out, as it does not compile here: {error}", stacklevel=2)
-    times: dict[str, list[float]] = {name: [] for name in compiled}
-    for turn in range(rounds + 1):
+
+    def turn() -> dict[str, float]:
+        took = {}
         for name, run in compiled.items():
             start = time.perf_counter()
             jax.block_until_ready(run(*values))
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
+            took[name] = time.perf_counter() - start
+        return took
+
+    jax.block_until_ready([run(*values) for run in compiled.values()])
+    shortest = min(turn().values(), default=1.0)
+    turns = [turn() for _ in range(max(rounds, min(MOST, int(LEAST / shortest))))]
+    return {name: [took[name] for took in turns] for name in compiled}
 
 
 @functools.lru_cache(maxsize=4)

@@ -124,7 +124,7 @@ def efficiency(pairs: int) -> Iterator[dict[str, Any]]:
             names = candidates(drops, x, engines.geometry(x.shape, kernel.shape))
             settings = {name: dataclasses.replace(drops, engine=name) for name in names}
             forms = {name: partial(dynamic.conv, settings=chosen) for name, chosen in settings.items()}
-            engine = autotune.fastest(forms, (x, kernel), rounds=max(9, pairs))
+            engine = autotune.fastest(forms, (x, kernel), rounds=max(9, pairs), standard="mask")
             times, dense = beside_dense(pairs, {"auto": settings[engine]}, x, kernel)
             gain = times.ratio(dense, "auto").value
             shares.append(gain / 2)

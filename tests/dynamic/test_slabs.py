@@ -126,7 +126,10 @@ def test_engines_that_do_not_fit_are_named():
     x, k = jnp.zeros((1, 4, 4, 32), jnp.bfloat16), jnp.zeros((3, 3, 32, 8), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"engine 'slabs' does not fit: strides \(2, 2\), .*; take 'mask', or 'auto'"):
         dynamic.conv(x, k, DynamicSpec(channels=0.5, group_size=16, engine="slabs"), strides=2)
-    with jax.enable_x64(True), pytest.raises(ValueError, match="engine 'fused' does not fit: float64, where the kernel"):
+    with (
+        jax.enable_x64(True),
+        pytest.raises(ValueError, match="engine 'fused' does not fit: float64, where the kernel"),
+    ):
         x, k = (jnp.zeros(a.shape, jnp.float64) for a in (x, k))
         dynamic.conv(x, k, DynamicSpec(channels=0.5, engine="fused"))
 

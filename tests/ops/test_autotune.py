@@ -22,13 +22,21 @@ def test_the_faster_form_wins():
     assert autotune.fastest({"slow": slow, "fast": lambda x: x}, [np.ones(3, np.float32)], rounds=2) == "fast"
 
 
+def test_a_standard_is_left_for_a_tenth_of_its_time_only(monkeypatch):
+    times = {"mask": [1.0, 2.0, 1.0], "near": [0.95, 0.95, 0.95], "fast": [0.8, 0.8, 9.0]}
+    monkeypatch.setattr(autotune, "seconds", lambda forms, *_: {name: times[name] for name in forms})
+    for names, expected in ((("mask", "near"), "mask"), (("mask", "near", "fast"), "fast")):
+        assert autotune.fastest(dict.fromkeys(names), (), standard="mask") == expected
+    assert autotune.fastest(dict.fromkeys(("mask", "near")), ()) == "near"
+
+
 def test_forms_that_do_not_compile_are_left_out_where_they_are_optional():
     def broken(x):
         raise NotImplementedError("no such instruction")
 
     forms, arguments = {"broken": broken, "fine": lambda x: x}, [np.ones(3, np.float32)]
     with pytest.warns(UserWarning, match="'broken' is left out, as it does not compile here: no such instruction"):
-        assert autotune.fastest(forms, arguments, optional=["broken"]) == "fine"
+        assert autotune.fastest(forms, arguments, standard="fine") == "fine"
     with pytest.raises(NotImplementedError, match="no such instruction"):
         autotune.fastest(forms, arguments)
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
