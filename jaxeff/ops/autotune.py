@@ -20,7 +20,8 @@ import numpy as np
 
 # Of its time that a form must save to be taken in the place of a standard.
 MARGIN = 0.1
-# Every form is timed for so many seconds, as the median of a few short runs depends on what else the machine does.
+# Forms are timed for so many seconds on average, in as many turns at most, as the median of a few short ones depends
+# on what else the machine does.
 LEAST, MOST = 0.05, 50
 
 
@@ -82,7 +83,7 @@ def seconds(
     rounds: int = 5,
     optional: Collection[str] = (),
 ) -> dict[str, list[float]]:
-    """Wall time of every form, compiled, taking turns, so that a machine whose speed drifts treats them alike.
+    """Wall time of every form, compiled, taking turns in random order: neither drift nor what ran before favours one.
 
     Args:
       forms: functions of the arguments.
@@ -111,15 +112,18 @@ def seconds(
 
     def turn() -> dict[str, float]:
         took = {}
-        for name, run in compiled.items():
+        # In another order every time, or the operands would always be in the cache for whoever follows a quick one.
+        for i in rng.permutation(len(compiled)):
+            name, run = contestants[i]
             start = time.perf_counter()
             jax.block_until_ready(run(*values))
             took[name] = time.perf_counter() - start
         return took
 
-    jax.block_until_ready([run(*values) for run in compiled.values()])
-    shortest = min(turn().values(), default=1.0)
-    turns = [turn() for _ in range(max(rounds, min(MOST, int(LEAST / shortest))))]
+    contestants = list(compiled.items())
+    turn()
+    more = int(LEAST * len(compiled) / (sum(turn().values()) or 1.0))
+    turns = [turn() for _ in range(max(rounds, min(MOST, more)))]
     return {name: [took[name] for took in turns] for name in compiled}
 
 
