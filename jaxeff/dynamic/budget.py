@@ -18,7 +18,7 @@ from jaxeff import costs, spec
 from jaxeff.dynamic import convolution
 from jaxeff.dynamic.accounting import counted_macs
 from jaxeff.dynamic.gate import blocks, readers
-from jaxeff.dynamic.linen import gated_calls
+from jaxeff.dynamic.linen import gated_calls, parameter_bytes
 from jaxeff.dynamic.sensitivity import DIMENSIONS, Sensitivity
 from jaxeff.dynamic.speed import dense_forms
 from jaxeff.dynamic.targeted_dropout import with_ratios
@@ -99,10 +99,11 @@ def ratios_within_seconds(
     options = _options(found, dimensions)
     owner = _blocks_of_readers(architecture)
     rows, dense, measured = np.zeros((len(found.names), len(options))), 0.0, {}
+    footprint = parameter_bytes(network, x)
     for call in gated_calls(network, x):
         name = convolution.signature(call.settings, call.x, call.kernel, call.window)
         if name not in measured:
-            measured[name] = _layer_seconds(call, [_pair(found, option) for option in options], rounds)
+            measured[name] = _layer_seconds(call, [_pair(found, option) for option in options], rounds, footprint)
         rows[owner[call.path.removesuffix("/layer")]] += measured[name][0]
         dense += measured[name][1]
     try:
@@ -130,6 +131,7 @@ def snap_ratios(
     Returns:
       The architecture with ratios of channels that are as low as before or lower.
     """
+    footprint = parameter_bytes(network, x)
     for call in gated_calls(network, x):
         settings = call.settings
         groups = call.x.shape[-1] // settings.group_size
@@ -139,7 +141,8 @@ def snap_ratios(
         counts = [kept, *sorted(int(n) for n in steps if n % 1 == 0 and kept < n <= min(groups, kept + groups // 4))]
         if kept == groups or len(counts) == 1:
             continue
-        seconds, _ = _layer_seconds(call, [(1 - n / groups, settings.columns) for n in counts], rounds)
+        pairs = [(1 - n / groups, settings.columns) for n in counts]
+        seconds, _ = _layer_seconds(call, pairs, rounds, footprint)
         best = max(n for n, time in zip(counts, seconds, strict=True) if time <= (1 + tolerance) * seconds[0])
         changed = dataclasses.replace(settings, channels=1 - best / groups)
         architecture = spec.gate(architecture, changed, call.path.removesuffix("/layer"))
@@ -213,7 +216,7 @@ def _blocks_of_readers(architecture: spec.Architecture) -> dict[str, int]:
     return {reads[path]: index for index, paths in enumerate(blocks(architecture)) for path in paths}
 
 
-def _layer_seconds(call, pairs, rounds) -> tuple[list[float], float]:
+def _layer_seconds(call, pairs, rounds, footprint) -> tuple[list[float], float]:
     """Median time of the fastest engine at every pair of ratios, and of the fastest dense form."""
     forms: dict[Any, Any] = {("dense", name): form for name, form in dense_forms(call.window).items()}
     for number, (channels, columns) in enumerate(pairs):
@@ -225,7 +228,7 @@ def _layer_seconds(call, pairs, rounds) -> tuple[list[float], float]:
     optional = [key for key in forms if key[0] != "dense" and key[1] != "mask"]
     times = {
         key: statistics.median(values)
-        for key, values in autotune.seconds(forms, (call.x, call.kernel), rounds, optional).items()
+        for key, values in autotune.seconds(forms, (call.x, call.kernel), rounds, optional, footprint).items()
     }
     dense = min(seconds for key, seconds in times.items() if key[0] == "dense")
     fastest = [

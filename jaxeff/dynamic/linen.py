@@ -154,19 +154,18 @@ def gated_calls(module: nn.Module, *inputs: Any, options: Mapping[str, Any] | No
       options: keyword arguments of its call, such as {"train": False}.
     """
     calls: list[GatedCall] = []
-    leaves, structure = jax.tree.flatten(inputs)
-    shaped = {i: jax.ShapeDtypeStruct(a.shape, a.dtype) for i, a in enumerate(leaves) if hasattr(a, "shape")}
-
-    def init(arrays):
-        filled = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-        return module.init(jax.random.key(0), *jax.tree.unflatten(structure, filled), **(options or {}))
-
     _WATCHED.append(calls)
     try:
-        jax.eval_shape(init, shaped)
+        _shapes_of_init(module, inputs, options)
     finally:
         _WATCHED.pop()
     return tuple(calls)
+
+
+def parameter_bytes(module: nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None) -> int:
+    """Bytes of a network's parameters, called as of `gated_calls`: what one call reads besides its input."""
+    made = _shapes_of_init(module, inputs, options)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made["params"]))
 
 
 @contextlib.contextmanager
@@ -184,6 +183,17 @@ def reading_ratios(paths: Iterable[Iterable[str]]) -> Iterator[None]:
         _SEEN.pop()
     if seen and (unread := [path for block in paths for path in block if not seen.get(path)]):
         raise ValueError(f"paths: no gate reads the ratios of {unread}; the gates are at {sorted(seen)}")
+
+
+def _shapes_of_init(module: nn.Module, inputs: Any, options: Mapping[str, Any] | None) -> Any:
+    leaves, structure = jax.tree.flatten(inputs)
+    shaped = {i: jax.ShapeDtypeStruct(a.shape, a.dtype) for i, a in enumerate(leaves) if hasattr(a, "shape")}
+
+    def init(arrays):
+        filled = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return module.init(jax.random.key(0), *jax.tree.unflatten(structure, filled), **(options or {}))
+
+    return jax.eval_shape(init, shaped)
 
 
 def _path(module: nn.Module) -> tuple[str, ...]:

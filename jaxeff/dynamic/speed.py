@@ -16,7 +16,7 @@ from jaxeff.dynamic import convolution
 from jaxeff.dynamic.accounting import density
 from jaxeff.dynamic.engines import Geometry, convolve, out_size
 from jaxeff.dynamic.engines.geometry import LAYOUT
-from jaxeff.dynamic.linen import GatedCall, gated_calls
+from jaxeff.dynamic.linen import GatedCall, gated_calls, parameter_bytes
 from jaxeff.dynamic.selection import Kept
 from jaxeff.dynamic.settings import DynamicSpec
 from jaxeff.dynamic.tune import with_engine
@@ -92,6 +92,8 @@ def speed_report(
 ) -> SpeedReport:
     """Measures every gated convolution of a network: dense in its fastest form, masked, and with its engine.
 
+    Kernels are as far from the processor as the size of the network leaves them, see `jaxeff.ops.autotune.seconds`.
+
     Args:
       module: a Linen module with gates, for example `jaxeff.models.Network` or `jaxeff.dynamic.Gated`; run
         `jaxeff.dynamic.tune` before, or engines that are "auto" are "mask".
@@ -107,11 +109,11 @@ def speed_report(
     if not calls:
         raise ValueError("the network has no gated convolutions; jaxeff.dynamic.gate or Gated puts gates into it")
     measured: dict[str, LayerSpeed] = {}
-    rows = []
+    footprint, rows = parameter_bytes(module, *inputs, options=options), []
     for call in calls:
         name = convolution.signature(call.settings, call.x, call.kernel, call.window) + call.settings.engine
         if name not in measured:
-            measured[name] = _measure(call, rounds)
+            measured[name] = _measure(call, rounds, footprint)
         rows.append(dataclasses.replace(measured[name], path=call.path))
     return SpeedReport(tuple(rows))
 
@@ -133,7 +135,7 @@ def dense_forms(window: Geometry) -> dict[str, Callable[[jax.Array, jax.Array], 
     }  # fmt: skip
 
 
-def _measure(call: GatedCall, rounds: int) -> LayerSpeed:
+def _measure(call: GatedCall, rounds: int, footprint: int) -> LayerSpeed:
     shown = f"{list(call.x.shape)} x {list(call.kernel.shape)}"
     size, channels = (call.x.shape[1], call.x.shape[2]), call.x.shape[-1]
     out = out_size(call.window, size, call.kernel.shape[:2])
@@ -141,7 +143,7 @@ def _measure(call: GatedCall, rounds: int) -> LayerSpeed:
     engine = convolution.resolved(call.settings, dropped, call.x, call.kernel, call.window)
     forms: dict[str, Callable[..., Any]] = {**dense_forms(call.window), "mask": with_engine(call, "mask")}
     contestants = {**forms, "engine": with_engine(call, engine)}
-    times = autotune.seconds(contestants, (call.x, call.kernel), rounds)
+    times = autotune.seconds(contestants, (call.x, call.kernel), rounds, footprint=footprint)
     median = {name: statistics.median(values) for name, values in times.items()}
     dense = min(forms, key=median.__getitem__)
     real = statistics.median(a / b for a, b in zip(times[dense], times["engine"], strict=True))

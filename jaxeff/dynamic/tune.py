@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxeff.dynamic import convolution
-from jaxeff.dynamic.linen import GatedCall, gated_calls
+from jaxeff.dynamic.linen import GatedCall, gated_calls, parameter_bytes
 from jaxeff.ops import autotune
 
 
@@ -36,13 +36,13 @@ def tune(
         convolution.signature(c.settings, c.x, c.kernel, c.window): c
         for c in gated_calls(module, *inputs, options=options)
     }
-    found = {}
+    footprint, found = parameter_bytes(module, *inputs, options=options), {}
     for name, call in calls.items():
         names = convolution.candidates(call.settings, call.x, call.window)
         forms = {engine: with_engine(call, engine) for engine in names}
         if train:
             forms = {engine: _step(form) for engine, form in forms.items()}
-        found[name] = autotune.fastest(forms, (call.x, call.kernel), rounds=9, standard="mask")
+        found[name] = autotune.fastest(forms, (call.x, call.kernel), 9, standard="mask", footprint=footprint)
     autotune.remember(found)
     return found
 

@@ -5,6 +5,7 @@ up what they found.
 """
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ MARGIN = 0.1
 # Forms are timed for so many seconds on average, in as many turns at most, as the median of a few short ones depends
 # on what else the machine does.
 LEAST, MOST = 0.05, 50
+MOST_COPIES = 32
 
 
 def table_path() -> pathlib.Path:
@@ -62,15 +64,17 @@ def fastest(
     arguments: Iterable[Any],
     rounds: int = 5,
     standard: str | None = None,
+    footprint: int = 0,
 ) -> str:
     """Name of the form with the lowest time, of which a quarter of its runs were faster.
 
     Args:
-      forms, arguments, rounds: as of `seconds`.
+      forms, arguments, rounds, footprint: as of `seconds`.
       standard: the form that is taken unless another takes a tenth less time, so that no accident of a busy machine is
         remembered; the others may fail to compile.
     """
-    times = seconds(forms, arguments, rounds, () if standard is None else set(forms) - {standard})
+    optional = () if standard is None else set(forms) - {standard}
+    times = seconds(forms, arguments, rounds, optional, footprint)
     # What else the machine does makes runs slower, never faster: the lower half says more.
     took = {name: float(np.quantile(values, 0.25)) for name, values in times.items()}
     best = min(took, key=took.__getitem__)
@@ -82,6 +86,7 @@ def seconds(
     arguments: Iterable[Any],
     rounds: int = 5,
     optional: Collection[str] = (),
+    footprint: int = 0,
 ) -> dict[str, list[float]]:
     """Wall time of every form, compiled, taking turns in random order: neither drift nor what ran before favours one.
 
@@ -90,6 +95,8 @@ def seconds(
       arguments: pytrees of arrays or shapes; random numbers of these shapes are used.
       rounds: how often each of them runs, after a first time that does not count; more often where that is short.
       optional: forms that are left out, with a warning, where they do not compile.
+      footprint: bytes that are read between two calls where the computation is used, for example by the other layers of
+        a network. Calls take turns with as many copies of the arguments, so that these are as far from the processor.
 
     Returns:
       The times of each form in the order of the rounds.
@@ -110,13 +117,17 @@ def seconds(
                 raise
             warnings.warn(f"{name!r} is left out, as it does not compile here: {error}", stacklevel=2)
 
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(values))
+    number = min(MOST_COPIES, max(1, -(-footprint // max(size, 1))))
+    copies = itertools.cycle([values, *(jax.tree.map(jnp.copy, values) for _ in range(number - 1))])
+
     def turn() -> dict[str, float]:
         took = {}
         # In another order every time, or the operands would always be in the cache for whoever follows a quick one.
         for i in rng.permutation(len(compiled)):
-            name, run = contestants[i]
+            (name, run), operands = contestants[i], next(copies)
             start = time.perf_counter()
-            jax.block_until_ready(run(*values))
+            jax.block_until_ready(run(*operands))
             took[name] = time.perf_counter() - start
         return took
 

@@ -81,7 +81,7 @@ def test_gates_snap_to_the_last_count_that_is_no_slower(monkeypatch):
     architecture = dynamic.gate(PLAN, {"conv1": DynamicSpec(channels=0.5), "conv2": DynamicSpec(channels=0.5)})
     network = models.Network(architecture, gate=dynamic.gate_layer)
 
-    def staircase(call, pairs, rounds):
+    def staircase(call, pairs, rounds, footprint):
         kept = [call.settings.groups_kept(call.x.shape[-1]) for _ in pairs[:1]]
         kept += [round((1 - channels) * call.x.shape[-1]) for channels, _ in pairs[1:]]
         return [-(-n // 8) * 1.0 for n in kept], 9.0

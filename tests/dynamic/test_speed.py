@@ -37,8 +37,8 @@ def test_gated_calls_are_the_layers_as_they_run():
 def test_tuned_layers_run_the_engine_that_was_fastest(monkeypatch, train):
     seen = {}
 
-    def fastest(forms, arguments, rounds, standard):
-        assert standard == "mask"
+    def fastest(forms, arguments, rounds, standard, footprint):
+        assert standard == "mask" and footprint == 4 * (9 * (3 * 8 + 8 * 8 + 8 * 8) + 3 * 16 + 8 * 3 + 3)
         seen.update({engine: form(*(jnp.ones(a.shape) for a in arguments)) for engine, form in forms.items()})
         return "grouped"
 
@@ -109,7 +109,7 @@ def test_dense_forms_are_one_convolution():
 def test_a_report_adds_up(monkeypatch):
     times = {"ops": [3.0, 4.0], "lax": [9.0, 9.0], "patches": [5.0, 5.0], "patches_barrier": [5.0, 5.0]}
     times |= {"mask": [4.0, 4.0], "engine": [1.5, 2.0]}
-    monkeypatch.setattr(speed.autotune, "seconds", lambda forms, *_: {name: times[name] for name in forms})
+    monkeypatch.setattr(speed.autotune, "seconds", lambda forms, *_, **__: {name: times[name] for name in forms})
     report = dynamic.speed_report(network(channels=0.5, engine="channels"), X)
     first, second = report.rows
     assert (first.path, second.path) == ("conv2/layer", "conv3/layer")

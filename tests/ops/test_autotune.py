@@ -43,6 +43,15 @@ def test_forms_that_do_not_compile_are_left_out_where_they_are_optional():
         autotune.seconds(forms, arguments, 0)
 
 
+def test_operands_come_from_as_many_copies_as_the_footprint_needs(monkeypatch):
+    made, copy = [], jnp.copy
+    monkeypatch.setattr(jnp, "copy", lambda array: made.append(1) or copy(array))
+    for footprint, copies in ((0, 1), (4096, 4), (10**9, autotune.MOST_COPIES)):
+        made.clear()
+        times = autotune.seconds({"form": lambda x: x + 1}, [np.ones(256, np.float32)], footprint=footprint)
+        assert len(made) == copies - 1 and len(times["form"]) >= 5
+
+
 def test_a_missing_or_damaged_table_is_an_empty_one():
     assert autotune.lookup("anything") is None
     autotune.remember({"layer": "stacked"})
