@@ -103,7 +103,7 @@ def gates(
     `rule` is how the network learns: "ascent" raises the ratios from `start` by `increment` until they are reached
     after `climb` of all steps; "sandwich" has four between none and these in every step, each for a quarter of the
     batch; "none" trains nothing. `source` is the network of the experiment, named before, whose weights it starts from.
-    `calibrate` batches renew the norms in the end. `settings` are these and those of `jaxeff.dynamic.DynamicSpec`, of
+    `epochs` is how long it learns, where that is not as long as the others. `calibrate` batches renew the norms in the end. `settings` are these and those of `jaxeff.dynamic.DynamicSpec`, of
     which group_size and tile may be one for each block.
     """
     section = ConfigDict({"rule": rule, "start": 0.1, "increment": 0.05, "climb": 0.5, "calibrate": 0})
@@ -111,6 +111,7 @@ def gates(
     for name in ("channels", "columns", "group_size", "tile"):
         section[name] = config_dict.placeholder(object)
     section.source, section.sensitivity_split = (config_dict.placeholder(str) for _ in range(2))
+    section.epochs = config_dict.placeholder(int)
     section.macs, section.seconds = (config_dict.placeholder(float) for _ in range(2))
     section.update({"channels": channels, "columns": columns, "group_size": 1, "tile": 1})
     section.update({"source": source, "macs": macs, "seconds": seconds, **settings})

@@ -53,6 +53,11 @@ def check(asked: Mapping[str, Any]) -> None:
         raise ValueError(f"gates: rule must be one of {', '.join(map(repr, RULES))}, got {asked['rule']!r}")
     if not 0 < asked["climb"] <= 1:
         raise ValueError(f"gates: climb is a share of the steps, in (0, 1], got {asked['climb']}")
+    if asked["epochs"] is not None and (asked["epochs"] < 1 or asked["rule"] == "none"):
+        raise ValueError(
+            f"gates: epochs must be at least 1, of a network that is trained, got {asked['epochs']} with rule "
+            f"{asked['rule']!r}; None trains as long as the experiment says"
+        )
     to_choose = [name for name in dynamic.DIMENSIONS if asked[name] is None]
     budgets = [name for name in ("macs", "seconds") if asked[name] is not None]
     if len(budgets) != bool(to_choose):
@@ -66,6 +71,11 @@ def check(asked: Mapping[str, Any]) -> None:
         raise ValueError("gates: ratios are chosen by sensitivity, so sensitivity_split must name images for it")
     if asked["source"] is None and (to_choose or asked["rule"] == "none" or asked["sensitivity_split"] is not None):
         raise ValueError("gates: no source is named, so there are no weights to measure or to use; name a network")
+
+
+def steps(asked: Mapping[str, Any] | None, default: int, per_epoch: int) -> int:
+    """How many steps a network is trained for: as its gates ask, or else as many as the experiment has."""
+    return default if asked is None or asked["epochs"] is None else asked["epochs"] * per_epoch
 
 
 def sources_first(gates_of: Mapping[str, Any], modules: Mapping[str, models.Network]) -> list[str]:

@@ -44,13 +44,15 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     classifier.check_task(train)
     batch = config["batch_size"]
     sources = {seed: data.Batches(train.arrays, batch, seed=seed) for seed in config["seeds"]}
-    steps = config["steps"] or config["epochs"] * sources[config["seeds"][0]].steps_per_epoch
+    per_epoch = sources[config["seeds"][0]].steps_per_epoch
+    steps = config["steps"] or config["epochs"] * per_epoch
     shape = train.arrays["image"].shape[1:]
     gates = {name: net.get("gates") for name, net in config["networks"].items()}
     modules = {name: pruning.network(net, train, config["dtype"]) for name, net in config["networks"].items()}
     order = pruning.sources_first(gates, modules)
+    lengths = {name: pruning.steps(asked, steps, per_epoch) for name, asked in gates.items()}
     for name, module in modules.items():
-        pruning.method(module, gates[name], config, train, steps)
+        pruning.method(module, gates[name], config, train, lengths[name])
     splits = {asked["sensitivity_split"] for asked in gates.values() if asked is not None} - {None}
     held_out = {split: data.load(config["dataset"], split) for split in splits}
     preprocess = classifier.standardisation(train)
@@ -64,7 +66,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     results: dict[str, dict[int, training.FitResult]] = {name: {} for name in modules}
     tables: dict[str, list[list[float]]] = {}
     for (name, seed), folder in folders.items():
-        asked = gates[name]
+        asked, length = gates[name], lengths[name]
         start = None if asked is None or asked["source"] is None else results[asked["source"]][seed].state
         if seed == config["seeds"][0] and asked is not None and asked["sensitivity_split"] is not None:
             images, labels = (held_out[asked["sensitivity_split"]].arrays[key] for key in ("image", "label"))
@@ -77,24 +79,24 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
             modules[name] = pruning.with_ratios(modules[name], tables[name])
             if parallel.is_first():
                 print(f"{name}: drops (channels, columns) of its blocks: {tables[name]}; figure: {path}")
-        method = pruning.method(modules[name], asked, config, train, steps, start)
+        method = pruning.method(modules[name], asked, config, train, length, start)
         if asked is not None and asked["rule"] == "none":
             example = {key: array[:2] for key, array in train.arrays.items()}
             result = training.FitResult(method.init(jax.random.key(seed), example), 0, [], {})
         else:
             if parallel.is_first():
-                print(f"{name}, seed {seed}: {steps} steps of {batch} on {len(train)} images of {config['dataset']}")
+                print(f"{name}, seed {seed}: {length} steps of {batch} on {len(train)} images of {config['dataset']}")
             chosen = {pruning.CHOSEN: tables[name]} if name in tables else {}
             result = training.fit(
                 method,
                 lambda start, source=sources[seed]: data.prefetch(source.starting_at(start), sharding=rows_of),
-                steps=steps,
+                steps=length,
                 key=jax.random.key(seed),
                 workdir=directory / folder,
                 evaluate_on=lambda: data.padded_batches(test.arrays, config["eval_batch_size"]),
-                eval_every=config["eval_every"] or max(1, steps // 10),
+                eval_every=config["eval_every"] or max(1, length // 10),
                 log_every=config["log_every"],
-                checkpoint_every=config["checkpoint_every"] or max(1, steps // 4),
+                checkpoint_every=config["checkpoint_every"] or max(1, length // 4),
                 keep=config["keep"],
                 config={**settings, "network": name, "seed": seed, **chosen},
                 tensorboard=config["tensorboard"],
@@ -141,7 +143,8 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
                 "macs": pruned[name]["macs"] if name in pruned else total.macs,
                 "memory_bytes": total.residual_bytes,
                 "latency_ms": latency[name],
-                "train_seconds": job.seconds(runs.values(), steps * batch),
+                "train_seconds": job.seconds(runs.values(), lengths[name] * batch),
+                "steps": max(result.step for result in runs.values()),
             }
         )
     summary = {

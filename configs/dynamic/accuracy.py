@@ -33,16 +33,16 @@ def get_config(arg: str = "fashion_mnist") -> ConfigDict:
         raise ValueError(f"accuracy.py:{arg} is none of {', '.join(known)}")
     smoke = arg == "smoke"
     config = base("digits" if smoke else arg)
-    config.batch_size, config.epochs, config.seeds = 128, 3, (0, 1, 2)
-    plan, pace = PLAN, {"reduce": "l2", "climb": 0.1}
+    config.batch_size, config.epochs, config.seeds = 128, 12, (0, 1, 2)
+    plan, pace, more = PLAN, {"reduce": "l2", "climb": 0.1}, 4
     if smoke:
         config.train_split, config.test_split = "train[:64]", "test[:64]"
         config.batch_size, config.steps, config.seeds = 16, 4, (0,)
-        plan, pace = (4, M, 4, M, 8, M, 8, 8, 8), {"reduce": "l2", "increment": 0.4}
+        plan, pace, more = (4, M, 4, M, 8, M, 8, 8, 8), {"reduce": "l2", "increment": 0.4}, None
     config.networks.dense = network("vgg", plan=plan)
     for name, ratios in (("dense_trained_on", 0.0), ("pruned", RATIOS)):
         config.networks[name] = network("vgg", plan=plan)
-        config.networks[name].gates = gates(ratios, source="dense", **pace)
+        config.networks[name].gates = gates(ratios, source="dense", epochs=more, **pace)
     for ranking in ("attention", "random", "inverse"):
         name = f"untrained_by_{ranking}"
         config.networks[name] = network("vgg", plan=plan)

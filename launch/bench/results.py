@@ -249,7 +249,8 @@ def experiment_table(path: pathlib.Path) -> str:
     if "cascade" in entry:
         rows += f"\n\n{_cascade_table(entry['cascade'])}"
     # A conversion has several trainings, and its networks are not timed.
-    steps = f"{entry['steps']:,} steps, " if "steps" in entry else ""
+    lengths = sorted({row.get("steps", entry["steps"]) for row in entry["networks"]} - {0}) if "steps" in entry else []
+    steps = f"{' and '.join(f'{length:,}' for length in lengths)} steps, " if lengths else ""
     latency = f"latency of {entry['latency_batch']} images " if "latency_batch" in entry else ""
     return (
         f"{rows}\n\n{data['name']}: {data['train']:,} training and {data['test']:,} test images, {steps}"

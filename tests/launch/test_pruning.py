@@ -20,7 +20,7 @@ def tiny(**changes):
     config.networks = {name: network("vgg", plan=PLAN) for name in ("whole", "chosen", "sandwich", "untrained")}
     pace = {"source": "whole", "increment": 0.5}
     config.networks.chosen.gates = gates(None, macs=0.6, sensitivity_split="train[64:104]", **pace)
-    config.networks.sandwich.gates = gates(0.5, columns=0.25, rule="sandwich")
+    config.networks.sandwich.gates = gates(0.5, columns=0.25, rule="sandwich", epochs=2)
     config.networks.untrained.gates = gates((0.5, 0.75), rule="none", source="sandwich", calibrate=2)
     config.optimizer = sgd(0.05, warmup=1)
     config.cascade = ("untrained", "whole")
@@ -44,8 +44,11 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     figures = {path.name for path in (workdir / "figures").iterdir()}
     speeds = {f"{name}_speed.png" for name in summary["pruned"]}
     assert figures == speeds | {"cascade.png", "chosen_sensitivity.png", "curves.png", "comparison.png"}
-    for name in ("whole", "chosen", "sandwich"):
-        assert training.read_metrics(workdir / name / "seed0" / "metrics.jsonl")[-1]["step"] == 6
+    # Six steps are those of the experiment, two epochs of four batches those of one network.
+    steps = {"whole": 6, "chosen": 6, "sandwich": 8}
+    for name, count in steps.items():
+        assert training.read_metrics(workdir / name / "seed0" / "metrics.jsonl")[-1]["step"] == count
+    assert {row["name"]: row["steps"] for row in summary["networks"]} == {**steps, "untrained": 0}
 
 
 @pytest.mark.slow
@@ -133,6 +136,8 @@ def test_dense_networks_are_left_as_they_are():
         (gates(0.5, ratio=1), "unknown field ratio"),
         (gates(0.5, rule="climb"), "rule must be one of 'ascent', 'sandwich', 'none', got 'climb'"),
         (gates(0.5, climb=0.0), "climb is a share of the steps"),
+        (gates(0.5, epochs=0), "epochs must be at least 1, of a network that is trained, got 0 with rule 'ascent'"),
+        (gates(0.5, epochs=2, rule="none", source="wide"), "epochs must be at least 1, .* got 2 with rule 'none'"),
         (gates(None, source="whole", sensitivity_split="train"), "give one budget where a ratio is None"),
         (gates(0.5, macs=0.5), "give one budget where a ratio is None"),
         (gates(None, macs=0.5, source="whole"), "sensitivity_split must name images"),
