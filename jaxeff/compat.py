@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.extend import core
 
 __all__ = [
+    "ffi_result_like",
     "has_side_effects",
     "is_jaxpr",
     "is_literal",
@@ -89,3 +91,10 @@ def result_like(array: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtyp
     aval: Any = jax.typeof(array)
     axes: dict[str, Any] = {"manual_axis_type": aval.mat} if hasattr(aval, "mat") else {"vma": aval.vma}
     return jax.ShapeDtypeStruct(shape, dtype, **axes)
+
+
+def ffi_result_like(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """`result_like` for `jax.ffi.ffi_call`, which takes the axes from an abstract value alone, as it has the mesh."""
+    aval: Any = jax.typeof(array)
+    whole = aval.sharding.update(spec=jax.P(*(None,) * len(shape)))
+    return aval.update(shape=shape, dtype=np.dtype(dtype), weak_type=False, sharding=whole)

@@ -109,7 +109,7 @@ def flatten(jaxpr: Any, convention: str) -> Program:
     _give_layouts_to_readers(operations)
     uncounted: dict[tuple[str, str], None] = {}
     for operation in operations:
-        if operation.primitive in macs.UNCOUNTED:
+        if operation.primitive in macs.UNCOUNTED and not operation.macs:
             uncounted[operation.primitive, "/".join(operation.scope) or "(outside)"] = None
     notes = [f"{primitive} in {layer} does arithmetic that is not counted" for primitive, layer in uncounted]
     return Program(operations, inputs, outputs, tuple(dict.fromkeys([*flattener.notes, *notes])))

@@ -218,7 +218,7 @@ def _blocks_of_readers(architecture: spec.Architecture) -> dict[str, int]:
 
 def _layer_seconds(call, pairs, rounds, footprint) -> tuple[list[float], float]:
     """Median time of the fastest engine at every pair of ratios, and of the fastest dense form."""
-    forms: dict[Any, Any] = {("dense", name): form for name, form in dense_forms(call.window).items()}
+    forms: dict[Any, Any] = {("dense", name): form for name, form in dense_forms(call.window, call.x.dtype).items()}
     for number, (channels, columns) in enumerate(pairs):
         settings = dataclasses.replace(call.settings, channels=channels, columns=columns)
         if channels or columns:

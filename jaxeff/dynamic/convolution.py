@@ -108,6 +108,8 @@ def resolved(settings: DynamicSpec, kept: Kept, x: Any, kernel: Any, window: Geo
     name: str = settings.engine
     if name == "auto":
         name = autotune.lookup(signature(settings, x, kernel, window)) or "mask"
+        if name in ENGINES and ENGINES[name].misfit(window, settings, x.dtype):
+            name = "mask"  # what it was compiled with is no longer there
     if name not in ENGINES:
         raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {name!r}")
     missing = [axis for axis in ENGINES[name].saves if getattr(kept, axis) is None]
@@ -193,6 +195,24 @@ def _both(window, settings, x, kernel, kept):
     return engines.gathered_both(window, size, flat, kernel, columns, _units(kept, settings))
 
 
+def _native_channels(window, settings, x, kernel, kept):
+    return engines.native_conv(window, x, kernel, _units(kept, settings))
+
+
+def _native_columns(window, settings, x, kernel, kept):
+    columns = selection.positions_of(kept.columns, settings.tile, (x.shape[1], x.shape[2]))
+    return engines.native_conv(window, x, kernel, columns=columns)
+
+
+def _native_both(window, settings, x, kernel, kept):
+    columns = selection.positions_of(kept.columns, settings.tile, (x.shape[1], x.shape[2]))
+    return engines.native_conv(window, x, kernel, _units(kept, settings), columns)
+
+
+def _native_misfit(window, settings, dtype):
+    return engines.native_misfit(dtype)
+
+
 def _output_columns(window, settings, x, kernel, kept):
     size, flat = _flat(x)
     out = engines.out_size(window, size, kernel.shape[:2])
@@ -215,6 +235,9 @@ ENGINES: dict[str, Engine] = {
     "width_slices": Engine(("widths",), _width_slices),
     "columns": Engine(("columns",), _columns),
     "channels_and_columns": Engine(("channels", "columns"), _both),
+    "native_channels": Engine(("channels",), _native_channels, misfit=_native_misfit),
+    "native_columns": Engine(("columns",), _native_columns, misfit=_native_misfit),
+    "native_channels_and_columns": Engine(("channels", "columns"), _native_both, misfit=_native_misfit),
     "output_columns": Engine(("outputs",), _output_columns),
     "output_tiles": Engine(("outputs",), _output_tiles),
 }

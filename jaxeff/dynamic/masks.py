@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxeff import compat
+from jaxeff.ops import choice
 
 
 def keep_count(ratio: float, size: int) -> int:
@@ -48,6 +49,8 @@ def top_k_indices(scores: jax.Array, k: int) -> jax.Array:
     """
     _check_count(k, scores)
     # Ascending, because neighbours in memory are then read one after the other.
+    if choice.available(scores):
+        return choice.highest(lax.stop_gradient(scores), k)
     return jnp.sort(lax.top_k(_ranked(scores), k)[1], axis=-1)
 
 

@@ -14,13 +14,13 @@ from jax import lax
 
 from jaxeff.dynamic import convolution
 from jaxeff.dynamic.accounting import density
-from jaxeff.dynamic.engines import Geometry, convolve, out_size
+from jaxeff.dynamic.engines import Geometry, convolve, native_conv, out_size
 from jaxeff.dynamic.engines.geometry import LAYOUT
 from jaxeff.dynamic.linen import GatedCall, gated_calls, parameter_bytes
 from jaxeff.dynamic.selection import Kept
 from jaxeff.dynamic.settings import DynamicSpec
 from jaxeff.dynamic.tune import with_engine
-from jaxeff.ops import autotune
+from jaxeff.ops import autotune, gathered_conv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +118,14 @@ def speed_report(
     return SpeedReport(tuple(rows))
 
 
-def dense_forms(window: Geometry) -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
+def dense_forms(window: Geometry, dtype: Any = jnp.float32) -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
     """Forms of the convolution of x [N, H, W, C] with a kernel [kh, kw, C, O], without a gate.
 
     "ops" is the library's own convolution, "lax" XLA's, "patches" one matrix product of patches, which
-    "patches_barrier" keeps from being fused with their making.
+    "patches_barrier" keeps from being fused with their making. "native", where there is a compiler for it, is the
+    compiled code of the engines with nothing left out.
     """
+    native = {} if gathered_conv.unavailable(dtype) else {"native": partial(native_conv, window)}
     return {
         "ops": partial(convolve, window),
         "lax": lambda x, kernel: lax.conv_general_dilated(
@@ -132,6 +134,7 @@ def dense_forms(window: Geometry) -> dict[str, Callable[[jax.Array, jax.Array], 
         ),
         "patches": partial(_product_of_patches, window, False),
         "patches_barrier": partial(_product_of_patches, window, True),
+        **native,
     }  # fmt: skip
 
 
@@ -141,7 +144,7 @@ def _measure(call: GatedCall, rounds: int, footprint: int) -> LayerSpeed:
     out = out_size(call.window, size, call.kernel.shape[:2])
     dropped = _dropped(call.settings, size, channels, out)
     engine = convolution.resolved(call.settings, dropped, call.x, call.kernel, call.window)
-    forms: dict[str, Callable[..., Any]] = {**dense_forms(call.window), "mask": with_engine(call, "mask")}
+    forms: dict[str, Callable[..., Any]] = {**dense_forms(call.window, call.x.dtype), "mask": with_engine(call, "mask")}
     contestants = {**forms, "engine": with_engine(call, engine)}
     times = autotune.seconds(contestants, (call.x, call.kernel), rounds, footprint=footprint)
     median = {name: statistics.median(values) for name, values in times.items()}

@@ -26,10 +26,15 @@ LEAST, MOST = 0.05, 50
 MOST_COPIES = 32
 
 
-def table_path() -> pathlib.Path:
-    """The file: $JAXEFF_CACHE_DIR, or jaxeff in the user's cache folder, and in it autotune.json."""
+def cache_folder() -> pathlib.Path:
+    """Where what was found out about this machine is kept: $JAXEFF_CACHE_DIR, or jaxeff in the user's cache folder."""
     default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "jaxeff"
-    return pathlib.Path(os.environ.get("JAXEFF_CACHE_DIR", default)) / "autotune.json"
+    return pathlib.Path(os.environ.get("JAXEFF_CACHE_DIR", default))
+
+
+def table_path() -> pathlib.Path:
+    """The file: autotune.json in `cache_folder`."""
+    return cache_folder() / "autotune.json"
 
 
 def signature(what: str, arrays: Sequence[Any], *settings: Any) -> str:

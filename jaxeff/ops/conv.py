@@ -27,11 +27,11 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from jaxeff import compat
-from jaxeff.ops import lowering
+from jaxeff.ops import gathered_conv, lowering
 from jaxeff.ops.lowering import Window
 
-Impl = Literal["lax", "canonical", "auto"]
-IMPLS: tuple[str, ...] = ("lax", "canonical", "auto")
+Impl = Literal["lax", "canonical", "native", "auto"]
+IMPLS: tuple[str, ...] = ("lax", "canonical", "native", "auto")
 PADDINGS: tuple[str, ...] = ("SAME", "SAME_LOWER", "VALID")
 
 # (impl, unroll); part of what JAX remembers traces by.
@@ -81,16 +81,17 @@ def conv_general_dilated(
       preferred_element_type: as in lax.
       out_sharding: as in lax; anything but None is handed to lax.
       impl: "lax" for the stock primitive (needed for forward-mode differentiation), "canonical" for ours, which is
-        made for CPU, "auto" for ours on CPU and stock elsewhere. None takes the choice of the surrounding `conv_impl`
-        context, "auto" outside.
+        made for CPU, "auto" for ours on CPU and stock elsewhere. "native" is compiled C++ on CPU where that covers the
+        convolution (float32, one group, no input dilation; gradients of first order), and ours where it does not; see
+        `jaxeff.ops.native`. None takes the choice of the surrounding `conv_impl` context, "auto" outside.
         The choice is made when the function is traced.
 
     Returns:
       The convolution, equal to lax's within float rounding.
 
     Raises:
-      ValueError: for an unknown `impl` or padding, ranks or channels that do not fit, strides or dilations below 1, or
-        groups that do not divide the channels.
+      ValueError: for an unknown `impl` or padding, ranks or channels that do not fit, strides or dilations below 1,
+        groups that do not divide the channels, or impl="native" where nothing can be compiled.
       TypeError: if input and kernel differ in dtype, or preferred_element_type is narrower.
     """
     chosen = _checked_impl(_CHOICE.value[0] if impl is None else impl)
@@ -129,7 +130,10 @@ def conv_general_dilated(
     )
     # Inside `shard_map`, a shared operand becomes one that may differ, so that its gradient is summed over devices.
     x, k = compat.vary(x, compat.varying_axes(k)), compat.vary(k, compat.varying_axes(x))
-    y = (_small_conv if _is_small(window, k.shape, x.shape) else _conv)(window, x, k)
+    if chosen == "native" and _has_native(window, x):
+        y = gathered_conv.gathered_conv(x, k, window.strides, window.padding, window.rhs_dilation)
+    else:
+        y = (_small_conv if _is_small(window, k.shape, x.shape) else _conv)(window, x, k)
     # The canonical result is (batch, spatial..., features); out_spec says where lax's caller wants each of them.
     back = np.argsort((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1]))
     return _permuted(y, tuple(int(axis) for axis in back))
@@ -142,7 +146,7 @@ def conv_impl(impl: Impl, *, unroll: int | None = None) -> Iterator[None]:
     JAX traces a jitted function anew when it is called under another choice.
 
     Args:
-      impl: "lax", "canonical" or "auto", see `conv_general_dilated`.
+      impl: "lax", "canonical", "native" or "auto", see `conv_general_dilated`.
       unroll: how many separate convolutions or matrix products `vmap` may write out for one mapped operation; where
         the mapped axis needs more, it becomes a `lax.map`. None leaves it as it is: outside any context 32 where one
         result has half a mebibyte or more, else 0.
@@ -154,6 +158,20 @@ def conv_impl(impl: Impl, *, unroll: int | None = None) -> Iterator[None]:
         raise ValueError(f"unroll must be >= 0 (0 makes every mapped axis a lax.map), got {unroll}")
     with _CHOICE((_checked_impl(impl), _CHOICE.value[1] if unroll is None else unroll)):
         yield
+
+
+def _has_native(window: Window, x: jax.Array) -> bool:
+    """Whether compiled code covers the convolution.
+
+    Raises:
+      ValueError: if it would, but cannot be had.
+    """
+    plain = window.groups == 1 and {*window.lhs_dilation} == {1} and window.out_dtype in (None, np.float32)
+    if not plain or x.dtype != np.float32:
+        return False
+    if reason := gathered_conv.unavailable(x.dtype):
+        raise ValueError(f"impl='native' cannot be had: {reason}; take 'auto'")
+    return True
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -3,8 +3,8 @@
     python -m launch.bench.dynamic [--case NAME]... [--pairs 9] [--device cpu|gpu] [--json FILE]
 
 Dense is whichever of these is fastest on the day: XLA's convolution, ours (`jaxeff.ops`), patches and one matrix
-product, with and without a barrier between the two, and the masked convolution. `make bench` keeps the results in
-launch/bench/results/dynamic.json.
+product, with and without a barrier between the two, the compiled code of the engines with nothing left out, and the
+masked convolution. `make bench` keeps the results in launch/bench/results/dynamic.json.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import optax
 from jaxeff import costs, dynamic, models, training
 from jaxeff.dynamic import DynamicSpec, engines
 from jaxeff.dynamic.convolution import candidates
-from jaxeff.ops import autotune, conv_impl
+from jaxeff.ops import autotune, conv_impl, gathered_conv
 from launch.bench import results, suite
 from launch.bench.timing import Times, contest
 
@@ -47,7 +47,7 @@ def dense_forms(settings: DynamicSpec, x: jax.Array, kernel: jax.Array) -> dict[
     """Every form of the dense layer, and the masked one."""
     masked = dataclasses.replace(settings, engine="mask")
     return {
-        **dynamic.dense_forms(engines.geometry(x.shape, kernel.shape)),
+        **dynamic.dense_forms(engines.geometry(x.shape, kernel.shape), x.dtype),
         "mask": partial(dynamic.conv, settings=masked),
     }
 
@@ -75,12 +75,22 @@ ENGINES_OF = {
             "channels": DynamicSpec(channels=0.5, engine="channels"),
             "grouped_32": DynamicSpec(channels=0.5, group_size=32, engine="grouped"),
             "grouped_64": DynamicSpec(channels=0.5, group_size=64, engine="grouped"),
+            "native_channels": DynamicSpec(channels=0.5, engine="native_channels"),
         },
     ),
-    "conv_columns": (1.75, {"columns": DynamicSpec(columns=0.5, engine="columns")}),
+    "conv_columns": (
+        1.75,
+        {
+            "columns": DynamicSpec(columns=0.5, engine="columns"),
+            "native_columns": DynamicSpec(columns=0.5, engine="native_columns"),
+        },
+    ),
     "conv_both": (
         3.0,
-        {"channels_and_columns": DynamicSpec(channels=0.5, columns=0.5, engine="channels_and_columns")},
+        {
+            "channels_and_columns": DynamicSpec(channels=0.5, columns=0.5, engine="channels_and_columns"),
+            "native_channels_and_columns": DynamicSpec(channels=0.5, columns=0.5, engine="native_channels_and_columns"),
+        },
     ),
 }
 
@@ -159,26 +169,34 @@ def vgg16(case: str, pairs: int) -> Iterator[dict[str, Any]]:
     report = costs.analyze(plain.apply, variables, jnp.zeros((1, 32, 32, 3)), residuals=False)
     for batch, target in targets.items():
         images = jax.random.normal(jax.random.key(1), (batch, 32, 32, 3))
-        run = {"ops": compiled(plain.apply, variables, images)}
-        with conv_impl("lax"):
-            run["lax"] = compiled(lambda *args: plain.apply(*args), variables, images)
         masked = gated([DynamicSpec(channels=ratio, engine="mask") for ratio in ratios])
-        run["mask"] = compiled(masked.apply, variables, images)
+        run = {}
+        for impl in dense_impls():
+            with conv_impl(impl):
+                run[impl] = compiled(lambda *args: plain.apply(*args), variables, images)
+                run[f"mask_{impl}"] = compiled(lambda *args, net=masked: net.apply(*args), variables, images)
+        forms = list(run)
         counted = {}
         for name, sizes in GROUPS.items():
             drops = [DynamicSpec(channels=ratio, group_size=g) for ratio, g in zip(ratios, sizes, strict=True)]
             network = gated(drops)
-            with own_table():
+            # The first layer has no gate: its convolution is that of the fastest dense network.
+            with own_table(), conv_impl(dense_impls()[-1]):
                 dynamic.tune(network, images)
-                run[name] = compiled(network.apply, variables, images)
+                run[name] = compiled(lambda *args, net=network: net.apply(*args), variables, images)
             counted[name] = 1 / (1 - dynamic.counted_macs(network.architecture, report)["total"].reduction)
         times = contest(run, pairs=pairs, seconds=TURN)
-        dense, best = times.fastest("ops", "lax", "mask"), times.fastest(*GROUPS)
+        dense, best = times.fastest(*forms), times.fastest(*GROUPS)
         for name in GROUPS:
             yield results.time_ratio(
                 f"{case}.batch{batch}.{name}", times, dense, name, better="higher",
                 against=f"dense ({dense}); counted {counted[name]:.2f}", target=target if name == best else None,
             )  # fmt: skip
+
+
+def dense_impls() -> tuple[str, ...]:
+    """Implementations of the convolution to compare with: those of `jaxeff.ops.conv_impl` that can be had."""
+    return ("auto", "lax") if gathered_conv.unavailable(jnp.float32) else ("auto", "lax", "native")
 
 
 def gated(settings: list[DynamicSpec]) -> models.Network:
@@ -206,13 +224,15 @@ def train_step(pairs: int) -> Iterator[dict[str, Any]]:
     ratios, _ = VGG16["vgg16_antidote"]
     for batch, target in ((8, 1.5), (32, None)):
         images, labels = jax.random.normal(jax.random.key(1), (batch, 32, 32, 3)), jnp.arange(batch) % 10
-        run = {}
-        for name, sizes in {"mask": GROUPS["single"], **GROUPS}.items():
-            engine = "mask" if name == "mask" else "auto"
-            settings = [
-                DynamicSpec(channels=r, group_size=g, engine=engine) for r, g in zip(ratios, sizes, strict=True)
-            ]
-            network = gated(settings)
+        run, groups = {}, {f"mask_{impl}": GROUPS["single"] for impl in dense_impls()} | GROUPS
+        for name, sizes in groups.items():
+            masked = name.startswith("mask_")
+            network = gated(
+                [
+                    DynamicSpec(channels=r, group_size=g, engine="mask" if masked else "auto")
+                    for r, g in zip(ratios, sizes, strict=True)
+                ]
+            )
             variables = jax.jit(network.init)(jax.random.key(0), images)
 
             def loss(params, rest, images, network=network, labels=labels):
@@ -220,16 +240,17 @@ def train_step(pairs: int) -> Iterator[dict[str, Any]]:
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
             rest = {"batch_stats": variables["batch_stats"]}
-            with own_table():
-                if name != "mask":
+            # Layers without a gate run in the fastest form, too, wherever the network is gated.
+            with own_table(), conv_impl(name.removeprefix("mask_") if masked else dense_impls()[-1]):
+                if not masked:
                     dynamic.tune(network, images, train=True)
                 run[name] = compiled(jax.grad(loss), variables["params"], rest, images)
         times = contest(run, pairs=pairs, seconds=TURN)
-        best = times.fastest(*GROUPS)
+        masked, best = times.fastest(*(name for name in groups if name not in GROUPS)), times.fastest(*GROUPS)
         for name in GROUPS:
             yield results.time_ratio(
-                f"train_step.batch{batch}.{name}", times, "mask", name, better="higher", against="masked",
-                target=target if name == best else None,
+                f"train_step.batch{batch}.{name}", times, masked, name, better="higher",
+                against=f"masked ({masked.removeprefix('mask_')})", target=target if name == best else None,
             )  # fmt: skip
 
 

@@ -12,9 +12,20 @@ from hypothesis import strategies as st
 
 from jaxeff import dynamic
 from jaxeff.dynamic import ENGINES, DynamicSpec
+from jaxeff.ops import gathered_conv
 
 # "slabs" runs in half precision on a GPU: tests/dynamic/test_slabs.py. Widths are nothing that attention chooses.
-EXACT = [name for name, engine in ENGINES.items() if engine.exact and name not in ("slabs", "width_slices")]
+NATIVE = pytest.mark.skipif(bool(missing := gathered_conv.unavailable(np.float32)), reason=str(missing))
+EXACT = [
+    pytest.param(name, marks=NATIVE if name.startswith("native") else ())
+    for name, engine in ENGINES.items()
+    if engine.exact and name not in ("slabs", "width_slices")
+]
+
+
+def having(condition):
+    """Those of the exact engines whose name meets a condition."""
+    return [param for param in EXACT if condition(param.values[0])]
 
 
 def highest(scores, ratio):
@@ -149,7 +160,9 @@ def test_groups_and_tiles(name):
         check(x, k, DynamicSpec(outputs=0.5, tile=2, engine=name), strides=(2, 2))
 
 
-@pytest.mark.parametrize("name", ["mask", "channels", "grouped", "columns", "output_tiles"])
+@pytest.mark.parametrize(
+    "name", having(["mask", "channels", "grouped", "columns", "native_channels", "native_columns", "output_tiles"].count)
+)
 def test_what_an_engine_does_not_save_it_masks(name):
     x, k = sample(2, 2, (4, 4), 6, 4, 3)
     check(x, k, DynamicSpec(channels=0.5, columns=0.25, outputs=0.5, engine=name))
@@ -162,10 +175,10 @@ def test_one_thing_kept_and_all_kept(name):
         check(x, k, DynamicSpec(**dropped_by(name, ratio), engine=name))
 
 
-def test_maps_of_zeros_keep_the_first():
+@pytest.mark.parametrize("name", EXACT)
+def test_maps_of_zeros_keep_the_first(name):
     x, k = sample(4, 2, (3, 3), 4, 2, 3)
-    for name in EXACT:
-        check(0 * x, k, DynamicSpec(**dropped_by(name, 0.5), engine=name))
+    check(0 * x, k, DynamicSpec(**dropped_by(name, 0.5), engine=name))
 
 
 @pytest.mark.parametrize("columns", [0.0, 0.5])
@@ -207,7 +220,7 @@ def test_indices_of_another_gate():
     x, k = sample(7, 2, (3, 3), 4, 2, 3)
     kept = dynamic.Kept(channels=jnp.array([[0, 3], [1, 2]]))
     mask = np.array([[1, 0, 0, 1], [0, 1, 1, 0]], np.float32)[:, None, None]
-    for name in ("mask", "channels", "grouped"):
+    for name in ("mask", "channels", "grouped", *([] if missing else ["native_channels"])):
         y = dynamic.conv(x, k, DynamicSpec(engine=name), kept=kept)
         np.testing.assert_allclose(y, gated(x * mask, k, DynamicSpec())[0], rtol=1e-5, atol=1e-5)
 
@@ -238,7 +251,7 @@ def test_engines_on_shards_of_a_batch(name):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", having(lambda name: not name.startswith("native")))
 def test_engines_in_bfloat16(name):
     x, k = (jnp.asarray(a, jnp.bfloat16) for a in sample(8, 2, (4, 4), 8, 4, 3))
     spec = DynamicSpec(**dropped_by(name, 0.5), engine=name)
@@ -247,7 +260,7 @@ def test_engines_in_bfloat16(name):
     np.testing.assert_allclose(y.astype(np.float32), expected, rtol=0, atol=2e-2 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", [name for name in EXACT if ENGINES[name].saves in ((), ("channels",))])
+@pytest.mark.parametrize("name", having(lambda name: ENGINES[name].saves in ((), ("channels",))))
 @pytest.mark.parametrize("channel", [0, 4])
 def test_nan_in_a_dropped_channel_reaches_no_output(name, channel):
     x, k = sample(9, 2, (4, 4), 6, 3, 3)

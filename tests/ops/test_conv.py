@@ -291,7 +291,7 @@ def test_a_context_is_left_behind_by_an_exception():
 
 
 def test_unknown_impl_is_an_error_that_lists_the_known():
-    with pytest.raises(ValueError, match="'lax', 'canonical', 'auto', got 'fast'"):
+    with pytest.raises(ValueError, match="'lax', 'canonical', 'native', 'auto', got 'fast'"):
         is_ours(impl="fast")
     with pytest.raises(ValueError, match="got 'fast'"), conv_impl("fast"):
         pass

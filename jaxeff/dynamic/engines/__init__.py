@@ -9,6 +9,7 @@ from jaxeff.dynamic.engines.columns import gathered_both, gathered_columns
 from jaxeff.dynamic.engines.fused import Fused, fused_channels
 from jaxeff.dynamic.engines.geometry import Geometry, convolve, geometry, out_size
 from jaxeff.dynamic.engines.grouped import grouped_channels, width_slices
+from jaxeff.dynamic.engines.native import native_conv, native_misfit
 from jaxeff.dynamic.engines.outputs import output_columns, output_tiles
 from jaxeff.dynamic.engines.rows import of_groups
 from jaxeff.dynamic.engines.slabs import group_slabs, misfit
@@ -25,6 +26,8 @@ __all__ = [
     "group_slabs",
     "grouped_channels",
     "misfit",
+    "native_conv",
+    "native_misfit",
     "of_groups",
     "out_size",
     "output_columns",

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxeff.ops import conv_general_dilated
+from jaxeff.ops import conv_general_dilated, taps
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -75,34 +75,10 @@ def out_size(window: Geometry, size: Sequence[int], kernel: Sequence[int]) -> tu
 
 
 def read_positions(window: Geometry, size: tuple[int, int], kernel: tuple[int, int]) -> np.ndarray:
-    """Which input position each tap reads for each output position.
-
-    Returns:
-      int32 [taps, outputs], positions in row-major order; H * W where a tap reads padding.
-    """
-    rows, columns = (_reads(window, axis, size[axis], kernel[axis]) for axis in (0, 1))
-    inside = (rows >= 0)[:, None, :, None] & (columns >= 0)[None, :, None, :]
-    flat = rows[:, None, :, None] * size[1] + columns[None, :, None, :]
-    return np.where(inside, flat, size[0] * size[1]).reshape(kernel[0] * kernel[1], -1).astype(np.int32)
+    """Which input position each tap reads for each output position, see `jaxeff.ops.taps`: int32 [taps, outputs]."""
+    return taps.read_positions(size, kernel, window.strides, window.padding, window.dilation)
 
 
 def written_positions(window: Geometry, size: tuple[int, int], kernel: tuple[int, int]) -> np.ndarray:
-    """Which output position each input position contributes to through each tap: the inverse of `read_positions`.
-
-    Returns:
-      int32 [taps, inputs], positions in row-major order; the number of outputs where there is none.
-    """
-    reads = read_positions(window, size, kernel)
-    taps, outputs = reads.shape
-    writes = np.full((taps, size[0] * size[1] + 1), outputs, np.int32)
-    for tap in range(taps):
-        writes[tap, reads[tap]] = np.arange(outputs)
-    return writes[:, :-1]
-
-
-def _reads(window: Geometry, axis: int, size: int, taps: int) -> np.ndarray:
-    """[taps, outputs] along one axis; -1 in the padding."""
-    low, high = window.padding[axis]
-    outputs = (size + low + high - (taps - 1) * window.dilation[axis] - 1) // window.strides[axis] + 1
-    at = np.arange(taps)[:, None] * window.dilation[axis] + np.arange(outputs)[None] * window.strides[axis] - low
-    return np.where((at >= 0) & (at < size), at, -1)
+    """Which output position each input position contributes to through each tap: int32 [taps, inputs]."""
+    return taps.written_positions(size, kernel, window.strides, window.padding, window.dilation)

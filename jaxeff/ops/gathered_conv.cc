@@ -1,0 +1,536 @@
+// Convolution of chosen channels and positions on CPU: products of what is kept, read where it lies.
+//
+// A channel that is dropped is a row of the kernel that nobody loads, and a column that is dropped a row of the map.
+// Nothing is gathered into a copy first but for blocks of the kernel that many positions read, and blocks of output
+// channels are the outer loop, so that the part of the kernel that all samples of a batch share is in the cache of a
+// core when the next sample reads its own rows of it.
+//
+// Letters: N batch, P input and Q output positions, T taps, C input and O output channels; of each sample S positions
+// and K channels are kept. The map is [N, P, C], the kernel [T, C, O], `writes` [T, P] says which output position an
+// input position contributes to through a tap, or Q for none.
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Registers hold a tile of kRows x kVectors sums, a row of kVectors operands and what is broadcast.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kVectors = 4;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kVectors = 2;
+#else
+constexpr int kLanes = 4, kVectors = 4;
+#endif
+constexpr int kRows = 6;
+constexpr int kBlock = kLanes * kVectors;
+// Rows of the kernel that fewer positions read than this are not copied together first.
+constexpr int kWorthCopying = 32;
+// Positions from which on a block of the kernel is mirrored for the gradient of the map.
+constexpr int kWorthMirroring = 24;
+// Output positions that a task sums at a time: with a block of channels they take 64 KiB.
+constexpr int64_t kPositions = 256;
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+// --- products -------------------------------------------------------------------------------------------------------
+
+// sums[r][0..V) += sum over k of a[r][a_at[k]] * b[b_at[k]][0..V), V vectors wide.
+template <int R, int V>
+void Multiply(int64_t depth, const float* const* a, const int64_t* a_at, const float* b, const int64_t* b_at,
+              float* const* sums) {
+  Vector total[R][V];
+  const float* rows[R];
+  for (int r = 0; r < R; ++r) {
+    rows[r] = a[r];
+    for (int v = 0; v < V; ++v) total[r][v] = *reinterpret_cast<const Vector*>(sums[r] + v * kLanes);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const float* row = b + b_at[k];
+    const int64_t at = a_at[k];
+    Vector values[V];
+    for (int v = 0; v < V; ++v) values[v] = *reinterpret_cast<const Vector*>(row + v * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const float factor = rows[r][at];
+      for (int v = 0; v < V; ++v) total[r][v] += factor * values[v];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) *reinterpret_cast<Vector*>(sums[r] + v * kLanes) = total[r][v];
+}
+
+using Product = void (*)(int64_t, const float* const*, const int64_t*, const float*, const int64_t*, float* const*);
+
+template <int... I>
+constexpr std::array<Product, sizeof...(I)> Products(std::integer_sequence<int, I...>) {
+  return {Multiply<I / kVectors + 1, I % kVectors + 1>...};
+}
+
+// By rows and vectors, both from one.
+constexpr auto kProducts = Products(std::make_integer_sequence<int, kRows * kVectors>());
+
+// The same for any number of rows, in tiles of nearly equal height.
+void MultiplyRows(int vectors, int64_t rows, int64_t depth, const float* const* a, const int64_t* a_at, const float* b,
+                  const int64_t* b_at, float* const* sums) {
+  for (int64_t tiles = (rows + kRows - 1) / kRows, from = 0; tiles > 0; --tiles) {
+    const int64_t height = (rows - from + tiles - 1) / tiles;
+    kProducts[(height - 1) * kVectors + vectors - 1](depth, a + from, a_at, b, b_at, sums + from);
+    from += height;
+  }
+}
+
+template <int... I>
+Vector Interleave(Vector a, Vector b, int, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 ? kLanes + I / 2 : I / 2)...);
+}
+
+template <int... I>
+Vector Interleave(Vector a, Vector b, long, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (kLanes / 2 + (I % 2 ? kLanes + I / 2 : I / 2))...);
+}
+
+// A square of kLanes vectors, mirrored: as many interleavings of its halves as kLanes has bits.
+void Transpose(Vector* square) {
+  constexpr auto kOrder = std::make_integer_sequence<int, kLanes>();
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    Vector mixed[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      mixed[2 * i] = Interleave(square[i], square[i + kLanes / 2], 0, kOrder);
+      mixed[2 * i + 1] = Interleave(square[i], square[i + kLanes / 2], 0L, kOrder);
+    }
+    for (int i = 0; i < kLanes; ++i) square[i] = mixed[i];
+  }
+}
+
+// Rows of both operands whose inner products are summed at a time: one for each lane of a vector.
+constexpr int kDotRows = 4, kDotColumns = kLanes / kDotRows;
+
+// sums[i * kDotColumns + j] = inner product of a[i] and b[j].
+template <int R>
+void Dot(int64_t depth, const float* const* a, const float* const* b, float* sums) {
+  Vector total[kLanes] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= depth; k += kLanes) {
+    Vector values[kDotColumns];
+    for (int j = 0; j < kDotColumns; ++j) values[j] = *reinterpret_cast<const Vector*>(b[j] + k);
+    for (int i = 0; i < R; ++i) {
+      const Vector row = *reinterpret_cast<const Vector*>(a[i] + k);
+      for (int j = 0; j < kDotColumns; ++j) total[i * kDotColumns + j] += row * values[j];
+    }
+  }
+  Transpose(total);
+  for (int i = 1; i < kLanes; ++i) total[0] += total[i];
+  *reinterpret_cast<Vector*>(sums) = total[0];
+  for (; k < depth; ++k)
+    for (int i = 0; i < R; ++i)
+      for (int j = 0; j < kDotColumns; ++j) sums[i * kDotColumns + j] += a[i][k] * b[j][k];
+}
+
+constexpr void (*kDots[])(int64_t, const float* const*, const float* const*, float*) = {Dot<1>, Dot<2>, Dot<3>, Dot<4>};
+
+// --- tasks ---------------------------------------------------------------------------------------------------------
+
+// Threads wake up late, by as much as a small convolution takes: so many tasks let them share what is left then.
+int64_t Wanted(ffi::ThreadPool& pool) { return 8 * std::max<int64_t>(1, pool.num_threads()); }
+
+// Into how many pieces positions are cut: of kPositions at most, and of half of it where tasks are too few.
+int64_t Pieces(int64_t positions, int64_t tasks, int64_t wanted) {
+  const int64_t least = (positions + kPositions - 1) / kPositions, most = std::max(least, 2 * positions / kPositions);
+  return std::clamp((wanted + tasks - 1) / tasks, least, most);
+}
+
+// --- operands -------------------------------------------------------------------------------------------------------
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Integers = ffi::Buffer<ffi::S32>;
+
+struct Problem {
+  int64_t n, p, c, t, o, q, k, s;
+  const int32_t* writes;
+  const int32_t* channels;  // null: all
+  const int32_t* columns;   // null: all
+
+  // Which of the kept channels of a sample lie in [from, to): the first, and the one after the last.
+  std::pair<int64_t, int64_t> Between(int64_t sample, int64_t from, int64_t to) const {
+    if (!channels) return {from, to};
+    const int32_t* own = channels + sample * k;
+    return {std::lower_bound(own, own + k, from) - own, std::lower_bound(own, own + k, to) - own};
+  }
+  int64_t Column(int64_t sample, int64_t i) const { return columns ? columns[sample * s + i] : i; }
+  int64_t Channel(int64_t sample, int64_t i) const { return channels ? channels[sample * k + i] : i; }
+};
+
+// Kept positions of a sample that write to outputs through a tap: which of the kept, where, and to which output.
+struct Pairs {
+  std::vector<int64_t> number, from, to;
+
+  // Of the kept positions [begin, end) those that write to outputs [first, last).
+  void Find(const Problem& problem, int64_t sample, int64_t tap, int64_t begin, int64_t end, int64_t first,
+            int64_t last) {
+    number.clear();
+    from.clear();
+    to.clear();
+    const int32_t* writes = problem.writes + tap * problem.p;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t position = problem.Column(sample, i), output = writes[position];
+      if (output < first || output >= last) continue;
+      number.push_back(i);
+      from.push_back(position);
+      to.push_back(output);
+    }
+  }
+  int64_t size() const { return static_cast<int64_t>(from.size()); }
+};
+
+ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument("gathered convolution: " + message); }
+
+ffi::Error CheckIndices(const char* what, const Integers& indices, int64_t limit) {
+  const int32_t* values = indices.typed_data();
+  for (size_t i = 0; i < indices.element_count(); ++i)
+    if (values[i] < 0 || values[i] >= limit)
+      return Invalid(std::string("an index of ") + what + " is " + std::to_string(values[i]) + ", of " +
+                     std::to_string(limit));
+  return ffi::Error::Success();
+}
+
+// Indices of shape [N, 0] stand for all.
+ffi::Error Read(const int64_t* map, const int64_t* kernel, int64_t outputs, const Integers& channels,
+                const Integers& columns, const Integers& writes, Problem* problem) {
+  *problem = {map[0], map[1], map[2], kernel[0], kernel[2], outputs, channels.dimensions()[1],
+              columns.dimensions()[1], writes.typed_data(), nullptr, nullptr};
+  if (problem->k) problem->channels = channels.typed_data(); else problem->k = problem->c;
+  if (problem->s) problem->columns = columns.typed_data(); else problem->s = problem->p;
+  if (auto error = CheckIndices("channels", channels, problem->c); error.failure()) return error;
+  return CheckIndices("columns", columns, problem->p);
+}
+
+// `count` rows, by their offsets, one after the other; what lies beyond `used` of the `width` numbers is zero.
+void CopyRows(const float* rows, const int64_t* at, int64_t count, int64_t used, int64_t width, float* copy) {
+  for (int64_t i = 0; i < count; ++i, copy += width) {
+    std::memcpy(copy, rows + at[i], used * sizeof(float));
+    std::fill(copy + used, copy + width, 0.0f);
+  }
+}
+
+// --- output ---------------------------------------------------------------------------------------------------------
+
+ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats kernel, Integers channels, Integers columns, Integers writes,
+                   ffi::Result<Floats> y, ffi::Dictionary) {
+  Problem given;
+  if (auto error = Read(x.dimensions().begin(), kernel.dimensions().begin(), y->dimensions()[1], channels, columns,
+                        writes, &given);
+      error.failure())
+    return error;
+  const Problem& problem = given;
+  const float *map = x.typed_data(), *weights = kernel.typed_data();
+  float* out = y->typed_data();
+  const int64_t n = problem.n, q = problem.q, o = problem.o, c = problem.c, k = problem.k;
+  const int64_t blocks = (o + kBlock - 1) / kBlock, wanted = Wanted(pool);
+  const int64_t pieces = Pieces(q, n * blocks, wanted), piece = (q + pieces - 1) / pieces;
+  // Small maps: several samples share a task, and with it the part of the kernel in the cache.
+  int64_t together = std::max<int64_t>(1, kPositions / q);
+  while (together > 1 && blocks * ((n + together - 1) / together) < wanted) together = (together + 1) / 2;
+  const int64_t teams = (n + together - 1) / together;
+
+  jaxeff::Parallel(pool, teams * pieces * blocks, [&](int64_t task) {
+    const int64_t block = task % blocks, first = task / blocks % pieces * piece, team = task / blocks / pieces;
+    const int64_t last = std::min(first + piece, q), height = last - first;
+    const int64_t from = block * kBlock, used = std::min<int64_t>(kBlock, o - from);
+    const int vectors = static_cast<int>((used + kLanes - 1) / kLanes);
+    const int64_t width = vectors * kLanes;
+    const int64_t begin = team * together, end = std::min(begin + together, n);
+    std::vector<float> sums((end - begin) * height * width), copy;
+    std::vector<int64_t> read(k), rows(k), copied(k);
+    for (int64_t i = 0; i < k; ++i) copied[i] = i * width;
+    std::vector<const float*> sources;
+    std::vector<float*> targets;
+    Pairs pairs;
+    const auto one = [&](int64_t tap, int64_t sample) {
+      pairs.Find(problem, sample, tap, 0, problem.s, first, last);
+      if (!pairs.size()) return;
+      for (int64_t i = 0; i < k; ++i) {
+        read[i] = problem.Channel(sample, i);
+        rows[i] = read[i] * o;
+      }
+      const float* slab = weights + tap * c * o + from;
+      const int64_t* at = rows.data();
+      if (pairs.size() >= kWorthCopying || used < width) {
+        copy.resize(k * width);
+        CopyRows(slab, at, k, used, width, copy.data());
+        slab = copy.data();
+        at = copied.data();
+      }
+      sources.resize(pairs.size());
+      targets.resize(pairs.size());
+      for (int64_t i = 0; i < pairs.size(); ++i) {
+        sources[i] = map + (sample * problem.p + pairs.from[i]) * c;
+        targets[i] = sums.data() + ((sample - begin) * height + pairs.to[i] - first) * width;
+      }
+      MultiplyRows(vectors, pairs.size(), k, sources.data(), read.data(), slab, at, targets.data());
+    };
+    if (together == 1) {
+      for (int64_t tap = 0; tap < problem.t; ++tap) one(tap, begin);
+    } else {
+      for (int64_t tap = 0; tap < problem.t; ++tap)
+        for (int64_t sample = begin; sample < end; ++sample) one(tap, sample);
+    }
+    for (int64_t sample = begin; sample < end; ++sample)
+      for (int64_t i = 0; i < height; ++i)
+        std::memcpy(out + (sample * q + first + i) * o + from,
+                    sums.data() + ((sample - begin) * height + i) * width, used * sizeof(float));
+  });
+  return ffi::Error::Success();
+}
+
+// --- gradient of the map --------------------------------------------------------------------------------------------
+
+// copy[i][j] = rows[j][i], `width` numbers for each i; zero beyond the rows there are.
+void TransposeRows(const float* const* rows, int64_t count, int64_t depth, int64_t width, float* copy) {
+  for (int64_t j = 0; j < width; j += kLanes) {
+    int64_t i = 0;
+    if (j + kLanes <= count)
+      for (; i + kLanes <= depth; i += kLanes) {
+        Vector square[kLanes];
+        for (int r = 0; r < kLanes; ++r) square[r] = *reinterpret_cast<const Vector*>(rows[j + r] + i);
+        Transpose(square);
+        for (int r = 0; r < kLanes; ++r) *reinterpret_cast<Vector*>(copy + (i + r) * width + j) = square[r];
+      }
+    for (; i < depth; ++i)
+      for (int r = 0; r < kLanes; ++r) copy[i * width + j + r] = j + r < count ? rows[j + r][i] : 0.0f;
+  }
+}
+
+// Large maps: products with blocks of the kernel, mirrored so that its input channels are neighbours.
+void MapGradientOfMany(ffi::ThreadPool& pool, const Problem& problem, const float* g, const float* kernel, float* dx) {
+  const int64_t q = problem.q, o = problem.o, c = problem.c, k = problem.k, s = problem.s;
+  const int64_t blocks = (k + kBlock - 1) / kBlock;
+  const int64_t pieces = Pieces(s, problem.n * blocks, Wanted(pool)), piece = (s + pieces - 1) / pieces;
+  std::vector<int64_t> order(o);
+  std::iota(order.begin(), order.end(), 0);
+  jaxeff::Parallel(pool, problem.n * pieces * blocks, [&](int64_t task) {
+    const int64_t block = task % blocks, first = task / blocks % pieces * piece, sample = task / blocks / pieces;
+    const int64_t last = std::min(first + piece, s), height = last - first;
+    const int64_t from = block * kBlock, used = std::min<int64_t>(kBlock, k - from);
+    const int vectors = static_cast<int>((used + kLanes - 1) / kLanes);
+    const int64_t width = vectors * kLanes;
+    std::vector<float> sums(height * width), copy(o * width);
+    std::vector<int64_t> at(o);
+    for (int64_t i = 0; i < o; ++i) at[i] = i * width;
+    std::vector<const float*> rows(used), sources;
+    std::vector<float*> targets;
+    Pairs pairs;
+    for (int64_t tap = 0; tap < problem.t; ++tap) {
+      pairs.Find(problem, sample, tap, first, last, 0, q);
+      if (!pairs.size()) continue;
+      for (int64_t j = 0; j < used; ++j) rows[j] = kernel + (tap * c + problem.Channel(sample, from + j)) * o;
+      TransposeRows(rows.data(), used, o, width, copy.data());
+      sources.resize(pairs.size());
+      targets.resize(pairs.size());
+      for (int64_t i = 0; i < pairs.size(); ++i) {
+        sources[i] = g + (sample * q + pairs.to[i]) * o;
+        targets[i] = sums.data() + (pairs.number[i] - first) * width;
+      }
+      MultiplyRows(vectors, pairs.size(), o, sources.data(), order.data(), copy.data(), at.data(), targets.data());
+    }
+    for (int64_t i = 0; i < height; ++i) {
+      float* row = dx + (sample * problem.p + problem.Column(sample, first + i)) * c;
+      for (int64_t j = 0; j < used; ++j) row[problem.Channel(sample, from + j)] = sums[i * width + j];
+    }
+  });
+}
+
+// Small maps: inner products of rows as they lie, block by block of the input channels for all samples.
+void MapGradientOfFew(ffi::ThreadPool& pool, const Problem& problem, const float* g, const float* kernel, float* dx) {
+  const int64_t q = problem.q, o = problem.o, c = problem.c;
+  constexpr int64_t kChannels = 32;
+  jaxeff::Parallel(pool, (c + kChannels - 1) / kChannels, [&](int64_t task) {
+    const int64_t begin = task * kChannels, end = std::min(begin + kChannels, c);
+    Pairs pairs;
+    float sums[kLanes];
+    const float *a[kDotRows], *b[kDotColumns];
+    for (int64_t tap = 0; tap < problem.t; ++tap)
+      for (int64_t sample = 0; sample < problem.n; ++sample) {
+        pairs.Find(problem, sample, tap, 0, problem.s, 0, q);
+        const auto [first, last] = problem.Between(sample, begin, end);
+        for (int64_t tiles = (pairs.size() + kDotRows - 1) / kDotRows, i = 0, height; tiles > 0; --tiles, i += height) {
+          height = (pairs.size() - i + tiles - 1) / tiles;
+          for (int64_t r = 0; r < height; ++r) a[r] = g + (sample * q + pairs.to[i + r]) * o;
+          for (int64_t j = first; j < last; j += kDotColumns) {
+            const int64_t width = std::min<int64_t>(kDotColumns, last - j);
+            for (int64_t v = 0; v < kDotColumns; ++v)
+              b[v] = kernel + (tap * c + problem.Channel(sample, std::min(j + v, last - 1))) * o;
+            kDots[height - 1](o, a, b, sums);
+            for (int64_t r = 0; r < height; ++r) {
+              float* row = dx + (sample * problem.p + pairs.from[i + r]) * c;
+              for (int64_t v = 0; v < width; ++v) row[problem.Channel(sample, j + v)] += sums[r * kDotColumns + v];
+            }
+          }
+        }
+      }
+  });
+}
+
+ffi::Error MapGradient(ffi::ThreadPool pool, Floats g, Floats kernel, Integers channels, Integers columns,
+                       Integers writes, ffi::Result<Floats> dx, ffi::Dictionary) {
+  Problem problem;
+  if (auto error = Read(dx->dimensions().begin(), kernel.dimensions().begin(), g.dimensions()[1], channels, columns,
+                        writes, &problem);
+      error.failure())
+    return error;
+  const int64_t size = problem.p * problem.c;
+  float* out = dx->typed_data();
+  jaxeff::Parallel(pool, problem.n, [&](int64_t sample) { std::fill(out + sample * size, out + (sample + 1) * size, 0.0f); });
+  const auto gradient = problem.s < kWorthMirroring ? MapGradientOfFew : MapGradientOfMany;
+  gradient(pool, problem, g.typed_data(), kernel.typed_data(), out);
+  return ffi::Error::Success();
+}
+
+// --- gradient of the kernel -----------------------------------------------------------------------------------------
+
+// A block of the gradient of one tap: input channels [begin, end), `used` output channels from `from` on.
+struct KernelBlock {
+  const Problem& problem;
+  const float *map, *gradient;
+  int64_t tap, begin, end, from, used, width;
+  int vectors;
+  std::vector<float> sums, copy;
+  std::vector<int64_t> read, rows, copied, channels;
+  std::vector<const float*> sources;
+  std::vector<float*> targets;
+  Pairs pairs;
+
+  KernelBlock(const Problem& problem, const float* map, const float* gradient, int64_t tap, int64_t begin, int64_t end,
+              int64_t from)
+      : problem(problem), map(map), gradient(gradient), tap(tap), begin(begin), end(end), from(from),
+        used(std::min<int64_t>(kBlock, problem.o - from)), width((used + kLanes - 1) / kLanes * kLanes),
+        vectors(static_cast<int>(width / kLanes)), sums((end - begin) * width), copy(kPositions * width),
+        copied(kPositions) {
+    for (int64_t i = 0; i < kPositions; ++i) copied[i] = i * width;
+  }
+
+  // Appends the pairs of a sample from kept positions [first, last) on.
+  void Collect(int64_t sample, int64_t first, int64_t last) {
+    pairs.Find(problem, sample, tap, first, last, 0, problem.q);
+    for (int64_t i = 0; i < pairs.size(); ++i) {
+      read.push_back((sample * problem.p + pairs.from[i]) * problem.c);
+      rows.push_back((sample * problem.q + pairs.to[i]) * problem.o);
+    }
+  }
+
+  // Adds the products of what was collected for these channels of all those pairs.
+  void Flush() {
+    const int64_t depth = static_cast<int64_t>(read.size()), height = static_cast<int64_t>(channels.size());
+    if (depth && height) {
+      sources.resize(height);
+      targets.resize(height);
+      for (int64_t i = 0; i < height; ++i) {
+        sources[i] = map + channels[i];
+        targets[i] = sums.data() + (channels[i] - begin) * width;
+      }
+      const bool worth = height >= kWorthCopying || used < width;
+      if (worth) CopyRows(gradient + from, rows.data(), depth, used, width, copy.data());
+      MultiplyRows(vectors, height, depth, sources.data(), read.data(), worth ? copy.data() : gradient + from,
+                   worth ? copied.data() : rows.data(), targets.data());
+    }
+    read.clear();
+    rows.clear();
+  }
+
+  // Positions of several samples make up one product.
+  void OfAllChannels() {
+    channels.resize(end - begin);
+    std::iota(channels.begin(), channels.end(), begin);
+    for (int64_t sample = 0; sample < problem.n; ++sample)
+      for (int64_t start = 0; start < problem.s; start += kPositions) {
+        const int64_t stop = std::min(start + kPositions, problem.s);
+        if (static_cast<int64_t>(read.size()) + stop - start > kPositions) Flush();
+        Collect(sample, start, stop);
+      }
+    Flush();
+  }
+
+  // A product for each sample.
+  void OfEachSample() {
+    for (int64_t sample = 0; sample < problem.n; ++sample) {
+      const auto [first, last] = problem.Between(sample, begin, end);
+      channels.clear();
+      for (int64_t i = first; i < last; ++i) channels.push_back(problem.Channel(sample, i));
+      for (int64_t start = 0; start < problem.s; start += kPositions) {
+        Collect(sample, start, std::min(start + kPositions, problem.s));
+        Flush();
+      }
+    }
+  }
+};
+
+ffi::Error KernelGradient(ffi::ThreadPool pool, Floats g, Floats x, Integers channels, Integers columns,
+                          Integers writes, ffi::Result<Floats> dk, ffi::Dictionary) {
+  Problem given;
+  if (auto error = Read(x.dimensions().begin(), dk->dimensions().begin(), g.dimensions()[1], channels, columns, writes,
+                        &given);
+      error.failure())
+    return error;
+  const Problem& problem = given;
+  const float *map = x.typed_data(), *gradient = g.typed_data();
+  float* out = dk->typed_data();
+  // Products of a few positions each take more than twice the time of products of many: where much is kept, all samples
+  // are multiplied at once, with zeros for what is dropped.
+  std::vector<float> masked;
+  const bool few = problem.channels && problem.s < kWorthCopying && 5 * problem.k > 2 * problem.c;
+  if (few) {
+    masked.resize(problem.n * problem.p * problem.c);
+    for (int64_t sample = 0; sample < problem.n; ++sample)
+      for (int64_t i = 0; i < problem.s; ++i) {
+        const int64_t row = (sample * problem.p + problem.Column(sample, i)) * problem.c;
+        for (int64_t j = 0; j < problem.k; ++j) {
+          const int64_t channel = problem.Channel(sample, j);
+          masked[row + channel] = map[row + channel];
+        }
+      }
+    map = masked.data();
+  }
+  const bool together = few || !problem.channels;
+  constexpr int64_t kChannels = 512;
+  const int64_t blocks = (problem.o + kBlock - 1) / kBlock, parts = (problem.c + kChannels - 1) / kChannels;
+  jaxeff::Parallel(pool, problem.t * parts * blocks, [&](int64_t task) {
+    const int64_t from = task % blocks * kBlock, begin = task / blocks % parts * kChannels;
+    KernelBlock block(problem, map, gradient, task / blocks / parts, begin, std::min(begin + kChannels, problem.c),
+                      from);
+    if (together) block.OfAllChannels(); else block.OfEachSample();
+    for (int64_t i = begin; i < block.end; ++i)
+      std::memcpy(out + (block.tap * problem.c + i) * problem.o + from, block.sums.data() + (i - begin) * block.width,
+                  block.used * sizeof(float));
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+// All take two arrays of numbers, the tables of what is kept and of who writes where, and attributes for who counts
+// multiply-accumulates in a traced program.
+#define HANDLER(name, function)                             \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function,             \
+                                ffi::Ffi::Bind()            \
+                                    .Ctx<ffi::ThreadPool>() \
+                                    .Arg<Floats>()          \
+                                    .Arg<Floats>()          \
+                                    .Arg<Integers>()        \
+                                    .Arg<Integers>()        \
+                                    .Arg<Integers>()        \
+                                    .Ret<Floats>()          \
+                                    .Attrs())
+
+HANDLER(GatheredConv, Forward);
+HANDLER(GatheredMapGradient, MapGradient);
+HANDLER(GatheredKernelGradient, KernelGradient);
