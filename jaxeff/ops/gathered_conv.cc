@@ -6,8 +6,8 @@
 // core when the next sample reads its own rows of it.
 //
 // Letters: N batch, P input and Q output positions, T taps, C input and O output channels; of each sample S positions
-// and K channels are kept. The map is [N, P, C], the kernel [T, C, O], `writes` [T, P] says which output position an
-// input position contributes to through a tap, or Q for none.
+// and K channels are kept. The map is [N, P, C], the kernel [T, C, O], `reads` [T, Q] says which input position an output
+// reads through a tap, or P for none, and `writes` [T, P] which output an input contributes to, or Q.
 
 #include <algorithm>
 #include <array>
@@ -35,10 +35,14 @@ constexpr int kLanes = 4, kVectors = 4;
 #endif
 constexpr int kRows = 6;
 constexpr int kBlock = kLanes * kVectors;
+// Numbers in a line of the cache.
+constexpr int kLine = 16;
 // Rows of the kernel that fewer positions read than this are not copied together first.
 constexpr int kWorthCopying = 32;
 // Positions from which on a block of the kernel is mirrored for the gradient of the map.
 constexpr int kWorthMirroring = 24;
+// Fewer channels than this are multiplied for all taps at once.
+constexpr int kFewChannels = 16;
 // Output positions that a task sums at a time: with a block of channels they take 64 KiB.
 constexpr int64_t kPositions = 256;
 
@@ -46,10 +50,27 @@ typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_ali
 
 // --- products -------------------------------------------------------------------------------------------------------
 
-// sums[r][0..V) += sum over k of a[r][a_at[k]] * b[b_at[k]][0..V), V vectors wide.
-template <int R, int V>
-void Multiply(int64_t depth, const float* const* a, const int64_t* a_at, const float* b, const int64_t* b_at,
-              float* const* sums) {
+// Rows of a matrix by their numbers: row i is at data + number[i] * pitch.
+template <typename Number>
+struct Rows {
+  Number* data;
+  const int64_t* number;
+  int64_t pitch;
+
+  Number* operator[](int64_t i) const { return data + number[i] * pitch; }
+  Rows From(int64_t i) const { return {data, number + i, pitch}; }
+};
+
+// Rows that are read next, by their offsets; none where `at` is null.
+struct Ahead {
+  const float* data = nullptr;
+  const int64_t* at = nullptr;
+};
+
+// sums[r][0..V) += sum over k of a[r][a_at[k]] * b[b_at[k]][0..V), V vectors wide. F fetches what is read next.
+template <int R, int V, bool F>
+void Multiply(int64_t depth, Rows<const float> a, const int64_t* a_at, const float* b, const int64_t* b_at,
+              Rows<float> sums, Ahead ahead) {
   Vector total[R][V];
   const float* rows[R];
   for (int r = 0; r < R; ++r) {
@@ -59,6 +80,8 @@ void Multiply(int64_t depth, const float* const* a, const int64_t* a_at, const f
   for (int64_t k = 0; k < depth; ++k) {
     const float* row = b + b_at[k];
     const int64_t at = a_at[k];
+    if constexpr (F)
+      for (int i = 0; i < V * kLanes; i += kLine) __builtin_prefetch(ahead.data + ahead.at[k] + i);
     Vector values[V];
     for (int v = 0; v < V; ++v) values[v] = *reinterpret_cast<const Vector*>(row + v * kLanes);
     for (int r = 0; r < R; ++r) {
@@ -70,22 +93,25 @@ void Multiply(int64_t depth, const float* const* a, const int64_t* a_at, const f
     for (int v = 0; v < V; ++v) *reinterpret_cast<Vector*>(sums[r] + v * kLanes) = total[r][v];
 }
 
-using Product = void (*)(int64_t, const float* const*, const int64_t*, const float*, const int64_t*, float* const*);
+using Product = void (*)(int64_t, Rows<const float>, const int64_t*, const float*, const int64_t*, Rows<float>, Ahead);
 
-template <int... I>
+template <bool F, int... I>
 constexpr std::array<Product, sizeof...(I)> Products(std::integer_sequence<int, I...>) {
-  return {Multiply<I / kVectors + 1, I % kVectors + 1>...};
+  return {Multiply<I / kVectors + 1, I % kVectors + 1, F>...};
 }
 
 // By rows and vectors, both from one.
-constexpr auto kProducts = Products(std::make_integer_sequence<int, kRows * kVectors>());
+constexpr auto kSizes = std::make_integer_sequence<int, kRows * kVectors>();
+constexpr auto kProducts = Products<false>(kSizes), kFetching = Products<true>(kSizes);
 
-// The same for any number of rows, in tiles of nearly equal height.
-void MultiplyRows(int vectors, int64_t rows, int64_t depth, const float* const* a, const int64_t* a_at, const float* b,
-                  const int64_t* b_at, float* const* sums) {
-  for (int64_t tiles = (rows + kRows - 1) / kRows, from = 0; tiles > 0; --tiles) {
-    const int64_t height = (rows - from + tiles - 1) / tiles;
-    kProducts[(height - 1) * kVectors + vectors - 1](depth, a + from, a_at, b, b_at, sums + from);
+// The same for any number of rows, in tiles of nearly equal height. What is read next is fetched with the first of them,
+// as no processor foresees a list of indices.
+void MultiplyRows(int vectors, int64_t count, int64_t depth, Rows<const float> a, const int64_t* a_at, const float* b,
+                  const int64_t* b_at, Rows<float> sums, Ahead ahead = {}) {
+  for (int64_t tiles = (count + kRows - 1) / kRows, from = 0; tiles > 0; --tiles) {
+    const int64_t height = (count - from + tiles - 1) / tiles;
+    const auto& products = ahead.at && !from ? kFetching : kProducts;
+    products[(height - 1) * kVectors + vectors - 1](depth, a.From(from), a_at, b, b_at, sums.From(from), ahead);
     from += height;
   }
 }
@@ -144,10 +170,11 @@ constexpr void (*kDots[])(int64_t, const float* const*, const float* const*, flo
 // Threads wake up late, by as much as a small convolution takes: so many tasks let them share what is left then.
 int64_t Wanted(ffi::ThreadPool& pool) { return 8 * std::max<int64_t>(1, pool.num_threads()); }
 
-// Into how many pieces positions are cut: of kPositions at most, and of half of it where tasks are too few.
-int64_t Pieces(int64_t positions, int64_t tasks, int64_t wanted) {
+// How many positions a task takes: kPositions at most, and about half of it where tasks are too few.
+int64_t Piece(int64_t positions, int64_t tasks, int64_t wanted) {
   const int64_t least = (positions + kPositions - 1) / kPositions, most = std::max(least, 2 * positions / kPositions);
-  return std::clamp((wanted + tasks - 1) / tasks, least, most);
+  const int64_t pieces = std::clamp((wanted + tasks - 1) / tasks, least, most);
+  return (positions + pieces - 1) / pieces;
 }
 
 // --- operands -------------------------------------------------------------------------------------------------------
@@ -157,6 +184,7 @@ using Integers = ffi::Buffer<ffi::S32>;
 
 struct Problem {
   int64_t n, p, c, t, o, q, k, s;
+  const int32_t* reads;
   const int32_t* writes;
   const int32_t* channels;  // null: all
   const int32_t* columns;   // null: all
@@ -171,26 +199,46 @@ struct Problem {
   int64_t Channel(int64_t sample, int64_t i) const { return channels ? channels[sample * k + i] : i; }
 };
 
-// Kept positions of a sample that write to outputs through a tap: which of the kept, where, and to which output.
+// Kept positions of a sample that contribute to outputs through a tap: which of the kept, where, and to which output.
 struct Pairs {
   std::vector<int64_t> number, from, to;
+  int64_t size = 0;
+
+  void Room(int64_t most) {
+    if (static_cast<int64_t>(number.size()) >= most) return;
+    number.resize(most);
+    from.resize(most);
+    to.resize(most);
+  }
 
   // Of the kept positions [begin, end) those that write to outputs [first, last).
-  void Find(const Problem& problem, int64_t sample, int64_t tap, int64_t begin, int64_t end, int64_t first,
-            int64_t last) {
-    number.clear();
-    from.clear();
-    to.clear();
+  void OfPositions(const Problem& problem, int64_t sample, int64_t tap, int64_t begin, int64_t end, int64_t first,
+                   int64_t last) {
+    Room(end - begin);
+    size = 0;
     const int32_t* writes = problem.writes + tap * problem.p;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t position = problem.Column(sample, i), output = writes[position];
-      if (output < first || output >= last) continue;
-      number.push_back(i);
-      from.push_back(position);
-      to.push_back(output);
+      number[size] = i;
+      from[size] = position;
+      to[size] = output;
+      size += output >= first && output < last;
     }
   }
-  int64_t size() const { return static_cast<int64_t>(from.size()); }
+
+  // Those that outputs [first, last) read.
+  void OfOutputs(const Problem& problem, int64_t sample, int64_t tap, int64_t first, int64_t last) {
+    if (problem.columns) return OfPositions(problem, sample, tap, 0, problem.s, first, last);
+    Room(last - first);
+    size = 0;
+    const int32_t* reads = problem.reads + tap * problem.q;
+    for (int64_t output = first; output < last; ++output) {
+      const int64_t position = reads[output];
+      number[size] = from[size] = position;
+      to[size] = output;
+      size += position < problem.p;
+    }
+  }
 };
 
 ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument("gathered convolution: " + message); }
@@ -206,9 +254,9 @@ ffi::Error CheckIndices(const char* what, const Integers& indices, int64_t limit
 
 // Indices of shape [N, 0] stand for all.
 ffi::Error Read(const int64_t* map, const int64_t* kernel, int64_t outputs, const Integers& channels,
-                const Integers& columns, const Integers& writes, Problem* problem) {
+                const Integers& columns, const Integers& reads, const Integers& writes, Problem* problem) {
   *problem = {map[0], map[1], map[2], kernel[0], kernel[2], outputs, channels.dimensions()[1],
-              columns.dimensions()[1], writes.typed_data(), nullptr, nullptr};
+              columns.dimensions()[1], reads.typed_data(), writes.typed_data(), nullptr, nullptr};
   if (problem->k) problem->channels = channels.typed_data(); else problem->k = problem->c;
   if (problem->s) problem->columns = columns.typed_data(); else problem->s = problem->p;
   if (auto error = CheckIndices("channels", channels, problem->c); error.failure()) return error;
@@ -225,70 +273,107 @@ void CopyRows(const float* rows, const int64_t* at, int64_t count, int64_t used,
 
 // --- output ---------------------------------------------------------------------------------------------------------
 
-ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats kernel, Integers channels, Integers columns, Integers writes,
-                   ffi::Result<Floats> y, ffi::Dictionary) {
-  Problem given;
-  if (auto error = Read(x.dimensions().begin(), kernel.dimensions().begin(), y->dimensions()[1], channels, columns,
-                        writes, &given);
-      error.failure())
-    return error;
-  const Problem& problem = given;
-  const float *map = x.typed_data(), *weights = kernel.typed_data();
-  float* out = y->typed_data();
-  const int64_t n = problem.n, q = problem.q, o = problem.o, c = problem.c, k = problem.k;
-  const int64_t blocks = (o + kBlock - 1) / kBlock, wanted = Wanted(pool);
-  const int64_t pieces = Pieces(q, n * blocks, wanted), piece = (q + pieces - 1) / pieces;
-  // Small maps: several samples share a task, and with it the part of the kernel in the cache.
-  int64_t together = std::max<int64_t>(1, kPositions / q);
-  while (together > 1 && blocks * ((n + together - 1) / together) < wanted) together = (together + 1) / 2;
-  const int64_t teams = (n + together - 1) / together;
+// A block of output channels, `used` from `from` on, at outputs [first, first + height) of samples [begin, end).
+struct OutputBlock {
+  const Problem& problem;
+  const float *map, *weights;
+  int64_t first, height, begin, end, from, used, width;
+  int vectors;
+  std::vector<float> sums;
+  Pairs pairs;
 
-  jaxeff::Parallel(pool, teams * pieces * blocks, [&](int64_t task) {
-    const int64_t block = task % blocks, first = task / blocks % pieces * piece, team = task / blocks / pieces;
-    const int64_t last = std::min(first + piece, q), height = last - first;
-    const int64_t from = block * kBlock, used = std::min<int64_t>(kBlock, o - from);
-    const int vectors = static_cast<int>((used + kLanes - 1) / kLanes);
-    const int64_t width = vectors * kLanes;
-    const int64_t begin = team * together, end = std::min(begin + together, n);
-    std::vector<float> sums((end - begin) * height * width), copy;
-    std::vector<int64_t> read(k), rows(k), copied(k);
+  float* Sums(int64_t sample) { return sums.data() + (sample - begin) * height * width; }
+
+  // Where the channels that a sample keeps lie in the kernel.
+  void Locate(int64_t tap, int64_t sample, int64_t* at) const {
+    for (int64_t i = 0; i < problem.k; ++i)
+      at[i] = (tap * problem.c + problem.Channel(sample, i)) * problem.o + from;
+  }
+
+  // All samples take one tap, then the next: the rows of the kernel that several of them keep are in the cache.
+  void ByTap() {
+    const int64_t k = problem.k, samples = end - begin, turns = problem.t * samples;
+    std::vector<float> copy;
+    std::vector<int64_t> read(k), rows(k), ahead(k), copied(k);
     for (int64_t i = 0; i < k; ++i) copied[i] = i * width;
-    std::vector<const float*> sources;
-    std::vector<float*> targets;
-    Pairs pairs;
-    const auto one = [&](int64_t tap, int64_t sample) {
-      pairs.Find(problem, sample, tap, 0, problem.s, first, last);
-      if (!pairs.size()) return;
-      for (int64_t i = 0; i < k; ++i) {
-        read[i] = problem.Channel(sample, i);
-        rows[i] = read[i] * o;
-      }
-      const float* slab = weights + tap * c * o + from;
-      const int64_t* at = rows.data();
-      if (pairs.size() >= kWorthCopying || used < width) {
+    Locate(0, begin, ahead.data());
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      const int64_t tap = turn / samples, sample = begin + turn % samples, next = turn + 1;
+      std::swap(rows, ahead);
+      if (next < turns) Locate(next / samples, begin + next % samples, ahead.data());
+      pairs.OfOutputs(problem, sample, tap, first, first + height);
+      if (!pairs.size) continue;
+      for (int64_t i = 0; i < k; ++i) read[i] = problem.Channel(sample, i);
+      const bool worth = pairs.size >= kWorthCopying || used < width;
+      if (worth) {
         copy.resize(k * width);
-        CopyRows(slab, at, k, used, width, copy.data());
-        slab = copy.data();
-        at = copied.data();
+        CopyRows(weights, rows.data(), k, used, width, copy.data());
       }
-      sources.resize(pairs.size());
-      targets.resize(pairs.size());
-      for (int64_t i = 0; i < pairs.size(); ++i) {
-        sources[i] = map + (sample * problem.p + pairs.from[i]) * c;
-        targets[i] = sums.data() + ((sample - begin) * height + pairs.to[i] - first) * width;
-      }
-      MultiplyRows(vectors, pairs.size(), k, sources.data(), read.data(), slab, at, targets.data());
-    };
-    if (together == 1) {
-      for (int64_t tap = 0; tap < problem.t; ++tap) one(tap, begin);
-    } else {
-      for (int64_t tap = 0; tap < problem.t; ++tap)
-        for (int64_t sample = begin; sample < end; ++sample) one(tap, sample);
+      MultiplyRows(vectors, pairs.size, k, {map + sample * problem.p * problem.c, pairs.from.data(), problem.c},
+                   read.data(), worth ? copy.data() : weights, worth ? copied.data() : rows.data(),
+                   {Sums(sample) - first * width, pairs.to.data(), width},
+                   next < turns ? Ahead{weights, ahead.data()} : Ahead{});
     }
+  }
+
+  // One product with the patches of a sample: of a few channels, products for each tap would be mostly overhead.
+  void ByPatches() {
+    const int64_t k = problem.k, depth = problem.t * k;
+    std::vector<float> patches(height * depth), copy(depth * width);
+    std::vector<int64_t> read(depth), rows(depth), copied(depth), order(height);
+    std::iota(read.begin(), read.end(), 0);
+    std::iota(order.begin(), order.end(), 0);
+    for (int64_t i = 0; i < depth; ++i) copied[i] = i * width;
+    for (int64_t sample = begin; sample < end; ++sample) {
+      std::fill(patches.begin(), patches.end(), 0.0f);
+      for (int64_t tap = 0; tap < problem.t; ++tap) {
+        Locate(tap, sample, rows.data() + tap * k);
+        pairs.OfOutputs(problem, sample, tap, first, first + height);
+        for (int64_t j = 0; j < pairs.size; ++j) {
+          const float* values = map + (sample * problem.p + pairs.from[j]) * problem.c;
+          float* patch = patches.data() + (pairs.to[j] - first) * depth + tap * k;
+          for (int64_t i = 0; i < k; ++i) patch[i] = values[problem.Channel(sample, i)];
+        }
+      }
+      CopyRows(weights, rows.data(), depth, used, width, copy.data());
+      MultiplyRows(vectors, height, depth, {patches.data(), order.data(), depth}, read.data(), copy.data(),
+                   copied.data(), {Sums(sample), order.data(), width});
+    }
+  }
+
+  void Deliver(float* y) {
     for (int64_t sample = begin; sample < end; ++sample)
       for (int64_t i = 0; i < height; ++i)
-        std::memcpy(out + (sample * q + first + i) * o + from,
-                    sums.data() + ((sample - begin) * height + i) * width, used * sizeof(float));
+        std::memcpy(y + (sample * problem.q + first + i) * problem.o + from, Sums(sample) + i * width,
+                    used * sizeof(float));
+  }
+};
+
+ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats kernel, Integers channels, Integers columns, Integers reads,
+                   Integers writes, ffi::Result<Floats> y, ffi::Dictionary) {
+  Problem problem;
+  if (auto error = Read(x.dimensions().begin(), kernel.dimensions().begin(), y->dimensions()[1], channels, columns,
+                        reads, writes, &problem);
+      error.failure())
+    return error;
+  const int64_t n = problem.n, q = problem.q, o = problem.o;
+  const int64_t blocks = (o + kBlock - 1) / kBlock, wanted = Wanted(pool);
+  const int64_t piece = Piece(q, n * blocks, wanted), pieces = (q + piece - 1) / piece;
+  // Small maps: several samples share a task, and with it the part of the kernel in the cache.
+  int64_t together = std::max<int64_t>(1, kPositions / q);
+  while (together > 1 && blocks * ((n + together - 1) / together) < wanted / 2) together = (together + 1) / 2;
+  const int64_t teams = (n + together - 1) / together;
+  jaxeff::Parallel(pool, teams * pieces * blocks, [&](int64_t task) {
+    const int64_t first = task / blocks % pieces * piece, height = std::min(piece, q - first);
+    const int64_t begin = task / blocks / pieces * together, end = std::min(begin + together, n);
+    const int64_t from = task % blocks * kBlock, used = std::min<int64_t>(kBlock, o - from);
+    const int vectors = static_cast<int>((used + kLanes - 1) / kLanes);
+    const int64_t width = vectors * kLanes;
+    OutputBlock block{problem, x.typed_data(), kernel.typed_data(), first, height, begin, end, from, used, width,
+                      vectors, std::vector<float>((end - begin) * height * width), {}};
+    // Patches have room for every position, kept or not.
+    if (problem.k < kFewChannels && !problem.columns) block.ByPatches(); else block.ByTap();
+    block.Deliver(y->typed_data());
   });
   return ffi::Error::Success();
 }
@@ -315,33 +400,27 @@ void TransposeRows(const float* const* rows, int64_t count, int64_t depth, int64
 void MapGradientOfMany(ffi::ThreadPool& pool, const Problem& problem, const float* g, const float* kernel, float* dx) {
   const int64_t q = problem.q, o = problem.o, c = problem.c, k = problem.k, s = problem.s;
   const int64_t blocks = (k + kBlock - 1) / kBlock;
-  const int64_t pieces = Pieces(s, problem.n * blocks, Wanted(pool)), piece = (s + pieces - 1) / pieces;
+  const int64_t piece = Piece(s, problem.n * blocks, Wanted(pool)), pieces = (s + piece - 1) / piece;
   std::vector<int64_t> order(o);
   std::iota(order.begin(), order.end(), 0);
   jaxeff::Parallel(pool, problem.n * pieces * blocks, [&](int64_t task) {
     const int64_t block = task % blocks, first = task / blocks % pieces * piece, sample = task / blocks / pieces;
-    const int64_t last = std::min(first + piece, s), height = last - first;
+    const int64_t height = std::min(piece, s - first);
     const int64_t from = block * kBlock, used = std::min<int64_t>(kBlock, k - from);
     const int vectors = static_cast<int>((used + kLanes - 1) / kLanes);
     const int64_t width = vectors * kLanes;
     std::vector<float> sums(height * width), copy(o * width);
     std::vector<int64_t> at(o);
     for (int64_t i = 0; i < o; ++i) at[i] = i * width;
-    std::vector<const float*> rows(used), sources;
-    std::vector<float*> targets;
+    std::vector<const float*> rows(used);
     Pairs pairs;
     for (int64_t tap = 0; tap < problem.t; ++tap) {
-      pairs.Find(problem, sample, tap, first, last, 0, q);
-      if (!pairs.size()) continue;
+      pairs.OfPositions(problem, sample, tap, first, first + height, 0, q);
+      if (!pairs.size) continue;
       for (int64_t j = 0; j < used; ++j) rows[j] = kernel + (tap * c + problem.Channel(sample, from + j)) * o;
       TransposeRows(rows.data(), used, o, width, copy.data());
-      sources.resize(pairs.size());
-      targets.resize(pairs.size());
-      for (int64_t i = 0; i < pairs.size(); ++i) {
-        sources[i] = g + (sample * q + pairs.to[i]) * o;
-        targets[i] = sums.data() + (pairs.number[i] - first) * width;
-      }
-      MultiplyRows(vectors, pairs.size(), o, sources.data(), order.data(), copy.data(), at.data(), targets.data());
+      MultiplyRows(vectors, pairs.size, o, {g + sample * q * o, pairs.to.data(), o}, order.data(), copy.data(),
+                   at.data(), {sums.data() - first * width, pairs.number.data(), width});
     }
     for (int64_t i = 0; i < height; ++i) {
       float* row = dx + (sample * problem.p + problem.Column(sample, first + i)) * c;
@@ -361,10 +440,10 @@ void MapGradientOfFew(ffi::ThreadPool& pool, const Problem& problem, const float
     const float *a[kDotRows], *b[kDotColumns];
     for (int64_t tap = 0; tap < problem.t; ++tap)
       for (int64_t sample = 0; sample < problem.n; ++sample) {
-        pairs.Find(problem, sample, tap, 0, problem.s, 0, q);
+        pairs.OfPositions(problem, sample, tap, 0, problem.s, 0, q);
         const auto [first, last] = problem.Between(sample, begin, end);
-        for (int64_t tiles = (pairs.size() + kDotRows - 1) / kDotRows, i = 0, height; tiles > 0; --tiles, i += height) {
-          height = (pairs.size() - i + tiles - 1) / tiles;
+        for (int64_t tiles = (pairs.size + kDotRows - 1) / kDotRows, i = 0, height; tiles > 0; --tiles, i += height) {
+          height = (pairs.size - i + tiles - 1) / tiles;
           for (int64_t r = 0; r < height; ++r) a[r] = g + (sample * q + pairs.to[i + r]) * o;
           for (int64_t j = first; j < last; j += kDotColumns) {
             const int64_t width = std::min<int64_t>(kDotColumns, last - j);
@@ -382,15 +461,15 @@ void MapGradientOfFew(ffi::ThreadPool& pool, const Problem& problem, const float
 }
 
 ffi::Error MapGradient(ffi::ThreadPool pool, Floats g, Floats kernel, Integers channels, Integers columns,
-                       Integers writes, ffi::Result<Floats> dx, ffi::Dictionary) {
+                       Integers reads, Integers writes, ffi::Result<Floats> dx, ffi::Dictionary) {
   Problem problem;
   if (auto error = Read(dx->dimensions().begin(), kernel.dimensions().begin(), g.dimensions()[1], channels, columns,
-                        writes, &problem);
+                        reads, writes, &problem);
       error.failure())
     return error;
   const int64_t size = problem.p * problem.c;
   float* out = dx->typed_data();
-  jaxeff::Parallel(pool, problem.n, [&](int64_t sample) { std::fill(out + sample * size, out + (sample + 1) * size, 0.0f); });
+  jaxeff::Parallel(pool, problem.n, [&](int64_t sample) { std::fill_n(out + sample * size, size, 0.0f); });
   const auto gradient = problem.s < kWorthMirroring ? MapGradientOfFew : MapGradientOfMany;
   gradient(pool, problem, g.typed_data(), kernel.typed_data(), out);
   return ffi::Error::Success();
@@ -406,8 +485,6 @@ struct KernelBlock {
   int vectors;
   std::vector<float> sums, copy;
   std::vector<int64_t> read, rows, copied, channels;
-  std::vector<const float*> sources;
-  std::vector<float*> targets;
   Pairs pairs;
 
   KernelBlock(const Problem& problem, const float* map, const float* gradient, int64_t tap, int64_t begin, int64_t end,
@@ -421,8 +498,8 @@ struct KernelBlock {
 
   // Appends the pairs of a sample from kept positions [first, last) on.
   void Collect(int64_t sample, int64_t first, int64_t last) {
-    pairs.Find(problem, sample, tap, first, last, 0, problem.q);
-    for (int64_t i = 0; i < pairs.size(); ++i) {
+    pairs.OfPositions(problem, sample, tap, first, last, 0, problem.q);
+    for (int64_t i = 0; i < pairs.size; ++i) {
       read.push_back((sample * problem.p + pairs.from[i]) * problem.c);
       rows.push_back((sample * problem.q + pairs.to[i]) * problem.o);
     }
@@ -432,16 +509,11 @@ struct KernelBlock {
   void Flush() {
     const int64_t depth = static_cast<int64_t>(read.size()), height = static_cast<int64_t>(channels.size());
     if (depth && height) {
-      sources.resize(height);
-      targets.resize(height);
-      for (int64_t i = 0; i < height; ++i) {
-        sources[i] = map + channels[i];
-        targets[i] = sums.data() + (channels[i] - begin) * width;
-      }
       const bool worth = height >= kWorthCopying || used < width;
       if (worth) CopyRows(gradient + from, rows.data(), depth, used, width, copy.data());
-      MultiplyRows(vectors, height, depth, sources.data(), read.data(), worth ? copy.data() : gradient + from,
-                   worth ? copied.data() : rows.data(), targets.data());
+      MultiplyRows(vectors, height, depth, {map, channels.data(), 1}, read.data(),
+                   worth ? copy.data() : gradient + from, worth ? copied.data() : rows.data(),
+                   {sums.data() - begin * width, channels.data(), width});
     }
     read.clear();
     rows.clear();
@@ -475,10 +547,10 @@ struct KernelBlock {
 };
 
 ffi::Error KernelGradient(ffi::ThreadPool pool, Floats g, Floats x, Integers channels, Integers columns,
-                          Integers writes, ffi::Result<Floats> dk, ffi::Dictionary) {
+                          Integers reads, Integers writes, ffi::Result<Floats> dk, ffi::Dictionary) {
   Problem given;
-  if (auto error = Read(x.dimensions().begin(), dk->dimensions().begin(), g.dimensions()[1], channels, columns, writes,
-                        &given);
+  if (auto error = Read(x.dimensions().begin(), dk->dimensions().begin(), g.dimensions()[1], channels, columns, reads,
+                        writes, &given);
       error.failure())
     return error;
   const Problem& problem = given;
@@ -525,6 +597,7 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Floats g, Floats x, Integers cha
                                     .Ctx<ffi::ThreadPool>() \
                                     .Arg<Floats>()          \
                                     .Arg<Floats>()          \
+                                    .Arg<Integers>()        \
                                     .Arg<Integers>()        \
                                     .Arg<Integers>()        \
                                     .Arg<Integers>()        \

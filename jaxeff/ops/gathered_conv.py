@@ -22,6 +22,9 @@ from jaxeff import compat
 from jaxeff.ops import native, taps
 
 SOURCE = pathlib.Path(__file__).with_suffix(".cc")
+# Maps of fewer positions are multiplied together where all is kept, up to so many positions of all samples, whose table
+# is a constant of the program.
+MANY_POSITIONS, MOST_POSITIONS = 64, 2**14
 SYMBOLS: tuple[str, ...] = ("GatheredConv", "GatheredMapGradient", "GatheredKernelGradient")
 
 
@@ -63,24 +66,32 @@ def gathered_conv(
     """
     native.register(SOURCE, *SYMBOLS)
     size, window = x.shape[1:-1], (kernel.shape[:-2], strides, padding, dilation)
-    writes = taps.written_positions(size, *window)
+    reads, writes = taps.read_positions(size, *window), taps.written_positions(size, *window)
     out = tuple(
         (n + low + high - (t - 1) * d - 1) // s + 1
         for n, t, s, (low, high), d in zip(size, *window, strict=True)
     )  # fmt: skip
-    axes = compat.varying_axes(x)
-    everything = jnp.zeros((len(x), 0), jnp.int32)
+    if 0 in (*x.shape, *kernel.shape, *out):
+        return compat.vary(jnp.zeros((len(x), *out, kernel.shape[-1])), compat.varying_axes(x))
+    flat, outputs = x.reshape(len(x), math.prod(size), x.shape[-1]), math.prod(out)
+    if channels is None and columns is None and outputs < MANY_POSITIONS and len(x) * outputs <= MOST_POSITIONS:
+        # Who keeps the same can be one sample of many positions, for which the kernel is read once.
+        flat = flat.reshape(1, -1, x.shape[-1])
+        reads, writes = (
+            _of_all_samples(table, n, len(x)) for table, n in ((reads, math.prod(size)), (writes, outputs))
+        )
+        outputs *= len(x)
+    everything = jnp.zeros((len(flat), 0), jnp.int32)
     chosen = tuple(everything if indices is None else indices for indices in (channels, columns))
-    flat = x.reshape(len(x), math.prod(size), x.shape[-1])
-    tables = compat.vary((*chosen, jnp.asarray(writes)), axes)
-    y = _gathered(math.prod(out), _counted(flat, kernel, writes, out, *chosen), flat, _by_tap(kernel), *tables)
+    tables = compat.vary((*chosen, jnp.asarray(reads), jnp.asarray(writes)), compat.varying_axes(x))
+    y = _gathered(outputs, _counted(flat, kernel, writes, outputs, *chosen), flat, _by_tap(kernel), *tables)
     return y.reshape(len(x), *out, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gathered(outputs, counted, x, kernel, channels, columns, writes):
+def _gathered(outputs, counted, x, kernel, channels, columns, reads, writes):
     shape = (len(x), outputs, kernel.shape[-1])
-    return _call("GatheredConv", counted, x, shape, x, kernel, channels, columns, writes)
+    return _call("GatheredConv", counted, x, shape, x, kernel, channels, columns, reads, writes)
 
 
 def _forward(outputs, counted, x, kernel, *tables):
@@ -107,10 +118,15 @@ def _by_tap(kernel: jax.Array) -> jax.Array:
     return kernel.reshape(-1, *kernel.shape[-2:])
 
 
-def _counted(x, kernel, writes, out, channels, columns) -> tuple[int, int]:
+def _of_all_samples(table: np.ndarray, size: int, batch: int) -> np.ndarray:
+    """A table of who finds which of `size` positions, for one sample that is all samples, one after the other."""
+    shifted = table[:, None] + size * np.arange(batch, dtype=np.int32)[:, None]
+    return np.where(table[:, None] == size, batch * size, shifted).reshape(len(table), -1).astype(np.int32)
+
+
+def _counted(x, kernel, writes, outputs, channels, columns) -> tuple[int, int]:
     """Multiply-accumulates with every tap of every output position, and without those in the padding."""
     batch, positions, width = x.shape
     per_product = batch * (channels.shape[1] or width) * kernel.shape[-1]
     kept = columns.shape[1] or positions
-    outputs = math.prod(out)
     return tuple(per_product * n * kept // positions for n in (outputs * len(writes), int((writes < outputs).sum())))
