@@ -66,6 +66,7 @@ ffi::Error Sums(ffi::ThreadPool& pool, Floats& maps, Floats& sums, const Sum* ki
   const int64_t result = count ? static_cast<int64_t>(sums.element_count()) / count : 0;
   const float* values = maps.typed_data();
   float* out = sums.typed_data();
+  if (!count) std::fill_n(out, sums.element_count(), 0.0f);  // maps without positions or channels
   // To wake a thread takes as long as to sum this many numbers.
   constexpr int64_t kLeast = 1 << 17;
   const int64_t parts = apart ? std::clamp<int64_t>(each / kLeast, 1, positions) : 1;

@@ -161,7 +161,8 @@ def test_groups_and_tiles(name):
 
 
 @pytest.mark.parametrize(
-    "name", having(["mask", "channels", "grouped", "columns", "native_channels", "native_columns", "output_tiles"].count)
+    "name",
+    having(["mask", "channels", "grouped", "columns", "native_channels", "native_columns", "output_tiles"].count),
 )
 def test_what_an_engine_does_not_save_it_masks(name):
     x, k = sample(2, 2, (4, 4), 6, 4, 3)

@@ -9,6 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxeff.dynamic import keep_count, mask_of, top_k_indices, top_k_mask
+from jaxeff.ops import choice
+
+
+@pytest.fixture(autouse=True, params=["compiled", "plain"], scope="module")
+def code(request):
+    """Both ways to choose: in compiled code and in XLA's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr(choice, "available", lambda array: False)
+        elif reason := choice.unavailable():
+            pytest.skip(reason)
+        jax.clear_caches()
+        yield
+
 
 # Few distinct values, so that most examples have ties; few sizes, so that few programs are compiled.
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -2.0, 0.5, np.inf, -np.inf, np.nan])

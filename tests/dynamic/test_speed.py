@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from jaxeff import dynamic, models
-from jaxeff.dynamic import DynamicSpec, engines, speed
+from jaxeff.dynamic import DynamicSpec, convolution, engines, speed
 from jaxeff.dynamic.convolution import candidates
 from jaxeff.ops import autotune
 
+NATIVE = set() if engines.native_misfit(jnp.float32) else {"native_channels"}
 X = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 PLAN = models.vgg((8, "M", 8, 8), num_classes=3, input_shape=(8, 8, 3))
 
@@ -46,7 +47,7 @@ def test_tuned_layers_run_the_engine_that_was_fastest(monkeypatch, train):
     net = network(channels=0.5, group_size=2)
     found = dynamic.tune(net, X, train=train)
     assert list(found.values()) == ["grouped"]  # both layers are the same
-    assert set(seen) == {"mask", "channels", "grouped"}
+    assert set(seen) == {"mask", "channels", "grouped", *NATIVE}
     ran, engine = [], dynamic.ENGINES["grouped"]
     watched = engine._replace(run=lambda *args: ran.append(1) or engine.run(*args))
     monkeypatch.setitem(dynamic.ENGINES, "grouped", watched)
@@ -81,15 +82,31 @@ def test_a_gate_that_keeps_everything_is_reported_as_masking():
 
 def test_candidates_save_what_is_dropped():
     names = {
-        "channels": {"mask", "channels", "grouped"},
-        "columns": {"mask", "columns"},
+        "channels": {"mask", "channels", "grouped", *NATIVE},
+        "columns": {"mask", "columns", *(name.replace("channels", "columns") for name in NATIVE)},
         "outputs": {"mask", "output_columns", "output_tiles"},
     }
     window = engines.geometry(X.shape, (3, 3, 3, 8))
     for axis, expected in names.items():
         assert set(candidates(DynamicSpec(**{axis: 0.5}), X, window)) == expected
     both = candidates(DynamicSpec(channels=0.5, columns=0.5), X, window)
-    assert set(both) == {"mask", "channels", "grouped", "columns", "channels_and_columns"}
+    assert {"mask", "channels", "grouped", "columns", "channels_and_columns"} <= set(both)
+    assert ("native_channels_and_columns" in both) is bool(NATIVE)
+
+
+def test_engines_that_do_not_fit_are_no_candidates_and_auto_masks_in_their_place(monkeypatch):
+    monkeypatch.setattr(convolution.engines, "native_misfit", lambda dtype: "there is no C++ compiler")
+    settings = DynamicSpec(channels=0.5)
+    window = engines.geometry(X.shape, (3, 3, 4, 8))
+    x, k = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 8))
+    assert not any(name.startswith("native") for name in candidates(settings, x, window))
+    autotune.remember({convolution.signature(settings, x, k, window): "native_channels"})
+    kept = dynamic.Kept(channels=jnp.zeros((2, 2), int))
+    assert convolution.resolved(settings, kept, x, k, window) == "mask"
+    with pytest.raises(
+        ValueError, match="engine 'native_channels' does not fit: there is no C.. compiler; take 'mask'"
+    ):
+        dynamic.conv(x, k, DynamicSpec(channels=0.5, engine="native_channels"))
 
 
 def test_dense_forms_are_one_convolution():
@@ -107,7 +124,13 @@ def test_dense_forms_are_one_convolution():
 
 
 def test_a_report_adds_up(monkeypatch):
-    times = {"ops": [3.0, 4.0], "lax": [9.0, 9.0], "patches": [5.0, 5.0], "patches_barrier": [5.0, 5.0]}
+    times = {
+        "ops": [3.0, 4.0],
+        "lax": [9.0, 9.0],
+        "patches": [5.0, 5.0],
+        "patches_barrier": [5.0, 5.0],
+        "native": [6.0, 6.0],
+    }
     times |= {"mask": [4.0, 4.0], "engine": [1.5, 2.0]}
     monkeypatch.setattr(speed.autotune, "seconds", lambda forms, *_, **__: {name: times[name] for name in forms})
     report = dynamic.speed_report(network(channels=0.5, engine="channels"), X)

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxeff import compat
-from jaxeff.ops import conv_general_dilated, conv_impl
+from jaxeff.ops import conv_general_dilated, conv_impl, gathered_conv
 
 CHANNELS_LAST = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 canonical = partial(conv_general_dilated, impl="canonical", dimension_numbers=CHANNELS_LAST[2])
@@ -274,6 +274,35 @@ def test_a_context_chooses_for_calls_that_do_not_choose():
             assert is_ours() and not is_ours(impl="lax")
         assert not is_ours()
     assert is_ours()
+
+
+def is_native(dtype=jnp.float32, **options):
+    options = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": CHANNELS_LAST[2], **options}
+    x, k = jnp.ones((1, 4, 4, 4), dtype), jnp.ones((3, 3, 4 // options.get("feature_group_count", 1), 4), dtype)
+    return "GatheredConv" in str(jax.make_jaxpr(lambda x, k: conv_general_dilated(x, k, **options))(x, k))
+
+
+@pytest.mark.skipif(bool(missing := gathered_conv.unavailable(np.float32)), reason=str(missing))
+def test_native_is_compiled_code_where_that_covers_the_convolution():
+    assert not is_native() and is_native(impl="native") and is_native(impl="native", window_strides=(2, 1))
+    with conv_impl("native"):
+        assert is_native() and is_native(rhs_dilation=(2, 2)) and not is_native(impl="canonical")
+        assert not is_native(feature_group_count=2) and not is_native(jnp.bfloat16)
+        assert not is_native(padding=((1, 1), (1, 1)), lhs_dilation=(2, 1))
+    x, k, g = normal(0, 2, 3, 7, 6), normal(1, 5, 3, 3, 2), normal(2, 2, 5, 4, 3)
+    found, expected = (
+        jax.vjp(lambda x, k, impl=impl: conv_general_dilated(x, k, (2, 2), "SAME", impl=impl), x, k)[1](g)
+        for impl in ("native", "lax")
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_near(ours, theirs)
+
+
+def test_native_code_that_cannot_be_had_is_an_error(monkeypatch):
+    monkeypatch.setattr(gathered_conv, "unavailable", lambda dtype: "there is no C++ compiler")
+    with pytest.raises(ValueError, match="impl='native' cannot be had: there is no C.. compiler; take 'auto'"):
+        is_native(impl="native")
+    assert not is_native(jnp.bfloat16, impl="native") and not is_native()
 
 
 def test_a_jitted_function_is_traced_anew_under_another_context():
