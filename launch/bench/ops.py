@@ -20,6 +20,7 @@ import optax
 from jax import lax
 
 from jaxeff import models, ops, spec, training
+from jaxeff.ops import gathered_conv
 from launch.bench import results, suite, torch_peers
 from launch.bench.timing import Times, compile_seconds, contest
 
@@ -259,12 +260,20 @@ def torch_step(pairs: int) -> Iterator[dict[str, Any]]:
     for name, architecture in networks.items():
         method, batch = method_of(architecture, dtype), batch_of(architecture, size)
         state = method.init(jax.random.key(0), batch)
-        step = jax.jit(method.step)
-        peer = torch_peers.train_step(architecture, batch, bf16=on_gpu, compiled=on_gpu)
-        times = contest({"ours": lambda: step(state, batch), "torch": peer}, pairs=pairs, warmup=3)  # noqa: B023
+        forms = {"ours": jax.jit(method.step).lower(state, batch).compile()}
+        if not on_gpu and gathered_conv.unavailable(jnp.float32) is None:
+            with ops.conv_impl("native"):
+                forms["native"] = jax.jit(method.step).lower(state, batch).compile()
+        run = {form: partial(step, state, batch) for form, step in forms.items()}
+        run["torch"] = torch_peers.train_step(architecture, batch, bf16=on_gpu, compiled=on_gpu)
+        times = contest(run, pairs=pairs, warmup=3)
         target = 1.0 if on_gpu else None
-        form = "torch.compile, channels_last, bf16" if on_gpu else "torch CPU, channels_last, equal threads"
-        yield results.time_ratio(f"torch_step.{name}", times, "ours", "torch", target=target, against=form)
+        against = "torch.compile, channels_last, bf16" if on_gpu else "torch CPU, channels_last, equal threads"
+        for form in forms:
+            case = f"torch_step.{name}" + ("" if form == "ours" else ".native")
+            yield results.time_ratio(
+                case, times, form, "torch", target=target, against=against + (", conv_impl native" * (form != "ours"))
+            )
 
 
 def ceilings(pairs: int) -> Iterator[dict[str, Any]]:
