@@ -104,10 +104,11 @@ def gates(
     after `climb` of all steps; "sandwich" has four between none and these in every step, each for a quarter of the
     batch; "none" trains nothing. `source` is the network of the experiment, named before, whose weights it starts from.
     `epochs` is how long it learns, where that is not as long as the others. `calibrate` batches renew the norms in the
-    end. `settings` are these and those of `jaxeff.dynamic.DynamicSpec`, of which group_size and tile may be one for
-    each block.
+    end. With `snap`, ratios of channels are lowered as far as that costs no time on this machine, see
+    `jaxeff.dynamic.snap_ratios`. `settings` are these and those of `jaxeff.dynamic.DynamicSpec`, of which group_size
+    and tile may be one for each block.
     """
-    section = ConfigDict({"rule": rule, "start": 0.1, "increment": 0.05, "climb": 0.5, "calibrate": 0})
+    section = ConfigDict({"rule": rule, "start": 0.1, "increment": 0.05, "climb": 0.5, "calibrate": 0, "snap": False})
     section.update({"order": "parallel", "reduce": "mean", "ranking": "attention", "engine": "auto"})
     for name in ("channels", "columns", "group_size", "tile"):
         section[name] = config_dict.placeholder(object)

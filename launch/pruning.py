@@ -10,7 +10,8 @@ import numpy as np
 
 from configs.classification import gates
 from jaxeff import costs, data, dynamic, models, spec, training
-from jaxeff.dynamic import figures
+from jaxeff.dynamic import convolution, figures
+from jaxeff.ops import autotune
 from jaxeff.training.workdir import CONFIG
 from launch import classifier
 
@@ -18,6 +19,8 @@ RULES = ("ascent", "sandwich", "none")
 SPEC = ("group_size", "tile", "order", "reduce", "ranking", "engine")
 CHOSEN = "ratios"
 """Name of the chosen ratios in the config of a run's folder."""
+# Steps from which on measuring engines, for seconds a layer, takes less time than they save.
+WORTH_TUNING = 200
 BY_BLOCK = ("channels", "columns", "group_size", "tile")
 
 
@@ -69,6 +72,11 @@ def check(asked: Mapping[str, Any]) -> None:
         raise ValueError("gates: one of channels and columns is to be chosen; let the other be None or 0")
     if to_choose and asked["sensitivity_split"] is None:
         raise ValueError("gates: ratios are chosen by sensitivity, so sensitivity_split must name images for it")
+    if asked["snap"] and (to_choose or asked["rule"] == "none"):
+        raise ValueError(
+            "gates: snap lowers ratios that are given, before a network learns; where ratios are chosen under a budget "
+            "of time they are on its steps already, and rule 'none' learns nothing"
+        )
     if asked["source"] is None and (to_choose or asked["rule"] == "none" or asked["sensitivity_split"] is not None):
         raise ValueError("gates: no source is named, so there are no weights to measure or to use; name a network")
 
@@ -154,6 +162,17 @@ def chosen(
     return table.tolist()
 
 
+def snapped(module: models.Network, batch: int) -> list[list[float]]:
+    """The ratios, [B, 2], those of channels lowered as far as calls of so many images take no longer for it."""
+    architecture = module.architecture
+    inputs = jax.ShapeDtypeStruct((batch, *architecture.input_shape), np.float32)
+    lowered = dict(spec.walk(dynamic.snap_ratios(module, inputs, architecture)))
+    reads = dynamic.readers(architecture)
+    # A block has one ratio: the lowest that costs none of its layers time.
+    rows = [[lowered[reads[path]].gate for path in paths] for paths in dynamic.blocks(architecture)]
+    return [[max(gate.channels for gate in row), row[0].columns] for row in rows]
+
+
 def settled(folder: pathlib.Path) -> list[list[float]] | None:
     """The ratios that a run in this folder began with, [B, 2], so that it goes on with them; None where none began.
 
@@ -190,6 +209,24 @@ def method(
         )
     found = classifier.method(module, config, dataset, steps, _functions(module, asked, steps))
     return found if source is None else classifier.starting_from(weights(source), found)
+
+
+def tune(module: models.Network, asked: Mapping[str, Any], config: Mapping[str, Any], steps: int) -> None:
+    """Finds the engines that a network trains with once its ratios stand, where it then trains for long enough.
+
+    What is known is not measured again: a run that goes on takes the engines that it began with.
+    """
+    if asked["rule"] != "ascent" or asked["engine"] != "auto":
+        return
+    if steps - _pace(asked, ratios(module), steps)[1] < WORTH_TUNING:
+        return
+    images = jax.ShapeDtypeStruct((config["batch_size"], *module.architecture.input_shape), np.float32)
+    known = (
+        autotune.lookup(convolution.signature(call.settings, call.x, call.kernel, call.window))
+        for call in dynamic.gated_calls(module, images)
+    )
+    if not all(known):
+        dynamic.tune(module, images, train=True)
 
 
 def weights(state: training.TrainState) -> dict[str, Any]:
@@ -260,6 +297,14 @@ def _functions(module: models.Network, asked: Mapping[str, Any], steps: int) -> 
         return plain
     if asked["rule"] == "sandwich":
         return training.ModelFunctions(*dynamic.sandwich(plain, paths, np.zeros_like(table), table))
+    pace, after = _pace(asked, table, steps)
+    # `plain` has the last ratios as its own, and engines for them.
+    schedule = dynamic.ratio_ascent(table, **pace)
+    return training.ModelFunctions(*dynamic.targeted_dropout(plain, paths, schedule, reached=plain, after=after))
+
+
+def _pace(asked: Mapping[str, Any], table: Any, steps: int) -> tuple[dict[str, Any], int]:
+    """The pace of an ascent, as `dynamic.ratio_ascent` takes it, and the step at which the ratios are reached."""
     pace = {"start": asked["start"], "increment": asked["increment"]}
     climbs = dynamic.ascent_steps(table, **pace, every=1)
     if climbs > asked["climb"] * steps:
@@ -268,8 +313,7 @@ def _functions(module: models.Network, asked: Mapping[str, Any], steps: int) -> 
             f"only {int(asked['climb'] * steps)}; train longer or let increment be higher"
         )
     every = max(1, int(asked["climb"] * steps) // max(1, climbs))
-    schedule = dynamic.ratio_ascent(table, **pace, every=every)
-    return training.ModelFunctions(*dynamic.targeted_dropout(plain, paths, schedule))
+    return {**pace, "every": every}, climbs * every
 
 
 def _row(asked: Mapping[str, Any], index: int, blocks: int) -> dict[str, Any]:

@@ -79,6 +79,14 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
             modules[name] = pruning.with_ratios(modules[name], tables[name])
             if parallel.is_first():
                 print(f"{name}: drops (channels, columns) of its blocks: {tables[name]}; figure: {path}")
+        if seed == config["seeds"][0] and asked is not None and asked["snap"]:
+            found, began = (modules[name], config["latency_batch"]), directory / folder
+            tables[name] = parallel.on_first(
+                lambda began=began, found=found: pruning.settled(began) or pruning.snapped(*found)
+            )
+            modules[name] = pruning.with_ratios(modules[name], tables[name])
+            if parallel.is_first():
+                print(f"{name}: drops (channels, columns) of its blocks, on the steps of this machine: {tables[name]}")
         method = pruning.method(modules[name], asked, config, train, length, start)
         if asked is not None and asked["rule"] == "none":
             example = {key: array[:2] for key, array in train.arrays.items()}
@@ -86,6 +94,8 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         else:
             if parallel.is_first():
                 print(f"{name}, seed {seed}: {length} steps of {batch} on {len(train)} images of {config['dataset']}")
+            if asked is not None:
+                parallel.on_first(lambda found=(modules[name], asked, config, length): pruning.tune(*found))
             chosen = {pruning.CHOSEN: tables[name]} if name in tables else {}
             result = training.fit(
                 method,

@@ -186,9 +186,13 @@ def _ragged_dot(equation: Any, convention: str) -> int:
     return math.prod(left) * math.prod(size for axis, size in enumerate(right) if axis not in shared)
 
 
+def counts_itself(equation: Any) -> bool:
+    """Whether an equation calls compiled code of `jaxeff.ops`, which says how many multiply-accumulates it does."""
+    return equation.primitive.name == "ffi_call" and "paper_macs" in dict(equation.params["attributes"])
+
+
 def _compiled(equation: Any, convention: str) -> int:
-    """What compiled code of `jaxeff.ops` says of itself; nothing of anybody else's."""
-    return int(dict(equation.params.get("attributes") or ()).get(f"{convention}_macs", 0))
+    return int(dict(equation.params["attributes"])[f"{convention}_macs"]) if counts_itself(equation) else 0
 
 
 _COUNTERS = {

@@ -56,7 +56,7 @@ class Operation:
     """One primitive operation.
 
     Attributes:
-      primitive: name of the jax primitive.
+      primitive: name of the jax primitive, or of the code of `jaxeff.ops` that it calls.
       scope: its layer, from the outermost name to the innermost; for a layout change in an enclosing scope, the layer
         that first reads the result.
       inputs: what it reads.
@@ -109,7 +109,7 @@ def flatten(jaxpr: Any, convention: str) -> Program:
     _give_layouts_to_readers(operations)
     uncounted: dict[tuple[str, str], None] = {}
     for operation in operations:
-        if operation.primitive in macs.UNCOUNTED and not operation.macs:
+        if operation.primitive in macs.UNCOUNTED:
             uncounted[operation.primitive, "/".join(operation.scope) or "(outside)"] = None
     notes = [f"{primitive} in {layer} does arithmetic that is not counted" for primitive, layer in uncounted]
     return Program(operations, inputs, outputs, tuple(dict.fromkeys([*flattener.notes, *notes])))
@@ -174,7 +174,7 @@ class _Flattener:
             body.extend(value for operation in self.operations[start:] for value in operation.outputs)
         self.on_chip = on_chip
         operation = Operation(
-            primitive=equation.primitive.name,
+            primitive=equation.params["target_name"] if macs.counts_itself(equation) else equation.primitive.name,
             scope=scope,
             inputs=(*inputs, *body),  # reading the body keeps it alive with the equation
             outputs=tuple(self.value(var.aval) for var in equation.outvars),

@@ -32,7 +32,7 @@ def channel_attention(x: jax.Array, reduce: Reduce = "mean") -> jax.Array:
     """
     x = _checked(x, reduce)
     if choice.available(x):
-        sums = choice.map_sums(x.reshape(len(x), -1, x.shape[-1]), "positions", reduce)
+        sums = choice.map_sums(_by_position(x), "positions", reduce)
     else:
         # One axis after the other, which XLA:CPU adds up four times as fast as both at once or products with ones.
         sums = _terms(x, reduce).sum(1).sum(1)
@@ -44,7 +44,7 @@ def column_attention(x: jax.Array, reduce: Reduce = "mean") -> jax.Array:
     """Attention of every column: as `channel_attention`, but over the channels; [N, H, W]."""
     x = _checked(x, reduce)
     if choice.available(x):
-        means = choice.map_sums(x.reshape(len(x), -1, x.shape[-1]), "channels", reduce).reshape(x.shape[:3])
+        means = choice.map_sums(_by_position(x), "channels", reduce).reshape(x.shape[:3])
         means = means / x.shape[-1]
     elif jax.default_backend() == "cpu":
         ones = jnp.ones(x.shape[-1], x.dtype)
@@ -52,6 +52,10 @@ def column_attention(x: jax.Array, reduce: Reduce = "mean") -> jax.Array:
     else:
         means = _terms(x, reduce).mean(3)
     return jnp.sqrt(means) if reduce == "l2" else means
+
+
+def _by_position(x: jax.Array) -> jax.Array:
+    return x.reshape(len(x), x.shape[1] * x.shape[2], x.shape[-1])
 
 
 def _checked(x: jax.Array, reduce: str) -> jax.Array:

@@ -104,7 +104,7 @@ def ratios_within_seconds(
         name = convolution.signature(call.settings, call.x, call.kernel, call.window)
         if name not in measured:
             measured[name] = _layer_seconds(call, [_pair(found, option) for option in options], rounds, footprint)
-        rows[owner[call.path.removesuffix("/layer")]] += measured[name][0]
+        rows[_owner(owner, call.path)] += measured[name][0]
         dense += measured[name][1]
     try:
         return _chosen(found, options, rows, share * dense)
@@ -214,6 +214,15 @@ def _chosen(found, options, rows, budget) -> np.ndarray:
 def _blocks_of_readers(architecture: spec.Architecture) -> dict[str, int]:
     reads = readers(architecture)
     return {reads[path]: index for index, paths in enumerate(blocks(architecture)) for path in paths}
+
+
+def _owner(owner: dict[str, int], path: str) -> int:
+    if (layer := path.removesuffix("/layer")) not in owner:
+        raise ValueError(
+            f"architecture: the gate of {path!r} is of none of its blocks; gates that learn, and layers that hold "
+            "their convolution in another one, have no ratios to choose"
+        )
+    return owner[layer]
 
 
 def _layer_seconds(call, pairs, rounds, footprint) -> tuple[list[float], float]:

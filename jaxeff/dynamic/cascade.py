@@ -108,7 +108,9 @@ def at_resolution(apply: Step, size: tuple[int, int]) -> Step:
     """A compiled step that sees its images at another resolution, linearly resized.
 
     Args:
-      apply: (images [B, *size, C]) -> logits; a network whose last maps are averaged takes any size.
+      apply: (images [B, *size, C]) -> logits. A network whose last maps are averaged has the same variables at any
+        size; `models.Network` is made for one, so of each size another runs them:
+        `models.Network(dataclasses.replace(architecture, input_shape=(*size, C)))`.
       size: (H, W).
     """
 

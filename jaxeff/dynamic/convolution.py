@@ -19,6 +19,7 @@ from jaxeff.dynamic.masks import mask_of
 from jaxeff.dynamic.selection import Kept, Reader
 from jaxeff.dynamic.settings import RATIOS, DynamicSpec
 from jaxeff.ops import autotune
+from jaxeff.ops.conv import current_impl
 
 
 class Engine(NamedTuple):
@@ -81,15 +82,17 @@ def conv(
     if min(*window.padding[0], *window.padding[1]) < 0:
         raise ValueError(f"padding of a gated convolution must not be negative, got {window.padding}; crop x first")
     reader = Reader(window, (kernel.shape[0], kernel.shape[1]))
-    own = kept is None
-    if kept is None:
-        kept = selection.select(x, settings, reader)
-    else:
-        _check_kept(kept, settings, x, engines.out_size(window, x.shape[1:3], kernel.shape[:2]))
-    name = resolved(settings, kept, x, kernel, window)
+    own, out = kept is None, engines.out_size(window, x.shape[1:3], kernel.shape[:2])
+    if kept is not None:
+        _check_kept(kept, settings, x, out)
+    # The engine comes first: one in compiled code brings its own way to choose.
+    planned = selection.planned(settings, x.shape, out) if kept is None else kept
+    name = resolved(settings, planned, x, kernel, window)
     engine = ENGINES[name]
     if reason := engine.misfit(window, settings, x.dtype):
         raise ValueError(f"engine {name!r} does not fit: {reason}; take 'mask', or 'auto'")
+    if kept is None:
+        kept = selection.select(x, settings, reader)
     dropped = kept._replace(**dict.fromkeys(engine.saves))
     if own:
         left = selection.masked_by_scores(x, kept, set(RATIOS) - set(engine.saves), settings)
@@ -108,8 +111,8 @@ def resolved(settings: DynamicSpec, kept: Kept, x: Any, kernel: Any, window: Geo
     name: str = settings.engine
     if name == "auto":
         name = autotune.lookup(signature(settings, x, kernel, window)) or "mask"
-        if name in ENGINES and ENGINES[name].misfit(window, settings, x.dtype):
-            name = "mask"  # what it was compiled with is no longer there
+        if name not in ENGINES or ENGINES[name].misfit(window, settings, x.dtype):
+            name = "mask"  # another version measured, or what it was compiled with is no longer there
     if name not in ENGINES:
         raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {name!r}")
     missing = [axis for axis in ENGINES[name].saves if getattr(kept, axis) is None]
@@ -134,7 +137,7 @@ def candidates(settings: DynamicSpec, x: Any, window: Geometry) -> list[str]:
 def signature(settings: DynamicSpec, x: Any, kernel: Any, window: Geometry) -> str:
     """The name of a gated convolution in the table of fastest engines."""
     drops = dataclasses.replace(settings, engine="auto")
-    return autotune.signature("gated convolution", (x, kernel), tuple(window), drops)
+    return autotune.signature("gated convolution", (x, kernel), tuple(window), drops, f"conv_impl {current_impl()}")
 
 
 def _mask(window, settings, x, kernel, kept):
@@ -195,6 +198,10 @@ def _both(window, settings, x, kernel, kept):
     return engines.gathered_both(window, size, flat, kernel, columns, _units(kept, settings))
 
 
+def _native_mask(window, settings, x, kernel, kept):
+    return engines.native_conv(window, x, kernel)
+
+
 def _native_channels(window, settings, x, kernel, kept):
     return engines.native_conv(window, x, kernel, _units(kept, settings))
 
@@ -235,6 +242,7 @@ ENGINES: dict[str, Engine] = {
     "width_slices": Engine(("widths",), _width_slices),
     "columns": Engine(("columns",), _columns),
     "channels_and_columns": Engine(("channels", "columns"), _both),
+    "native_mask": Engine((), _native_mask, misfit=_native_misfit),
     "native_channels": Engine(("channels",), _native_channels, misfit=_native_misfit),
     "native_columns": Engine(("columns",), _native_columns, misfit=_native_misfit),
     "native_channels_and_columns": Engine(("channels", "columns"), _native_both, misfit=_native_misfit),

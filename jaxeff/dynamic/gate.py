@@ -38,6 +38,7 @@ def gate(
       runs it.
 
     Raises:
+      TypeError: for settings that are none.
       ValueError: for a layer that cannot have a gate (named, with the reason), a name that matches none, another number
         of blocks, or a group size or tile that does not fit the map of its layer.
     """
@@ -81,6 +82,10 @@ def readers(architecture: Architecture) -> dict[str, str]:
 
 
 def _by_giver(architecture, flow, settings) -> dict[str, DynamicSpec | None]:
+    several = settings.values() if isinstance(settings, Mapping) else settings
+    for value in several if isinstance(settings, Mapping | Sequence) else (settings,):
+        if value is not None and not isinstance(value, DynamicSpec):
+            raise TypeError(f"settings: expected DynamicSpec, or a sequence or mapping of them, got {value!r}")
     if isinstance(settings, DynamicSpec):
         if not flow.readers:
             raise ValueError(f"no layer of {architecture.name!r} can have a gate: {_listed(flow.reasons)}")

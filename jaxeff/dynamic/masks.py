@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxeff import compat
@@ -73,8 +74,8 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
     Raises:
       ValueError: for a number that is not traced, outside 1..S.
     """
-    if isinstance(k, int):
-        _check_count(k, scores)
+    if isinstance(k, int | np.integer):
+        _check_count(int(k), scores)
     keys = _ordered(_ranked(scores))
     # The k-th highest, bit by bit: sorting takes twenty times as long on CPU.
     zero, bits = jnp.zeros((), keys.dtype), jnp.iinfo(keys.dtype).bits

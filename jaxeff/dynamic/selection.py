@@ -73,6 +73,20 @@ def select(x: jax.Array, settings: DynamicSpec, reader: Reader | None = None) ->
     return Kept(kept_channels, kept_columns, kept_outputs)
 
 
+def planned(settings: DynamicSpec, shape: tuple[int, ...], out: tuple[int, int]) -> Kept:
+    """What `select` will choose of a map of this shape for outputs of this size: something, or None where all is kept.
+
+    Raises:
+      ValueError: for a group size or tile that does not divide.
+    """
+    size, channels, there = (shape[1], shape[2]), shape[3], jnp.zeros((shape[0], 1), jnp.int32)
+    few_channels = settings.groups_kept(channels) < channels // settings.group_size
+    few_columns = settings.columns and settings.tiles_kept(size) < size[0] * size[1] // settings.tile**2
+    if settings.outputs:
+        settings.tiles_kept(out, "outputs")
+    return Kept(there if few_channels else None, there if few_columns else None, there if settings.outputs else None)
+
+
 def masked(x: jax.Array, kept: Kept, settings: DynamicSpec) -> jax.Array:
     """The map with zeros in the place of the channels and columns that are dropped; NaN there becomes zero too."""
     channels = columns = None

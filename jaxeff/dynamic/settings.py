@@ -1,6 +1,7 @@
 """What is asked of a gate: how much it drops, in which units, ranked by what, computed how."""
 
 import dataclasses
+import numbers
 
 from jaxeff.dynamic.attention import REDUCES, Reduce
 from jaxeff.dynamic.masks import keep_count
@@ -27,6 +28,7 @@ class DynamicSpec:
       engine: how the convolution is computed, a name of `jaxeff.dynamic.ENGINES` or "auto".
 
     Raises:
+      TypeError: for a ratio that is no number; traced ones are for `jaxeff.dynamic.masked_by_ratio`.
       ValueError: for a ratio outside [0, 1), sizes below 1, or an unknown order, reduction or ranking.
     """
 
@@ -42,8 +44,11 @@ class DynamicSpec:
 
     def __post_init__(self):
         for name in RATIOS:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is the share that is dropped, in [0, 1), got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} is the share that is dropped, a number in [0, 1), got {value!r}")
+            if not 0 <= float(value) < 1:
+                raise ValueError(f"{name} is the share that is dropped, in [0, 1), got {value}")
         for name in ("group_size", "tile"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

@@ -17,8 +17,7 @@ from jaxeff.dynamic.accounting import density
 from jaxeff.dynamic.engines import Geometry, convolve, native_conv, out_size
 from jaxeff.dynamic.engines.geometry import LAYOUT
 from jaxeff.dynamic.linen import GatedCall, gated_calls, parameter_bytes
-from jaxeff.dynamic.selection import Kept
-from jaxeff.dynamic.settings import DynamicSpec
+from jaxeff.dynamic.selection import planned
 from jaxeff.dynamic.tune import with_engine
 from jaxeff.ops import autotune, gathered_conv
 
@@ -140,10 +139,9 @@ def dense_forms(window: Geometry, dtype: Any = jnp.float32) -> dict[str, Callabl
 
 def _measure(call: GatedCall, rounds: int, footprint: int) -> LayerSpeed:
     shown = f"{list(call.x.shape)} x {list(call.kernel.shape)}"
-    size, channels = (call.x.shape[1], call.x.shape[2]), call.x.shape[-1]
-    out = out_size(call.window, size, call.kernel.shape[:2])
-    dropped = _dropped(call.settings, size, channels, out)
-    engine = convolution.resolved(call.settings, dropped, call.x, call.kernel, call.window)
+    out = out_size(call.window, call.x.shape[1:3], call.kernel.shape[:2])
+    kept = planned(call.settings, call.x.shape, out)
+    engine = convolution.resolved(call.settings, kept, call.x, call.kernel, call.window)
     forms: dict[str, Callable[..., Any]] = {**dense_forms(call.window, call.x.dtype), "mask": with_engine(call, "mask")}
     contestants = {**forms, "engine": with_engine(call, engine)}
     times = autotune.seconds(contestants, (call.x, call.kernel), rounds, footprint=footprint)
@@ -151,18 +149,8 @@ def _measure(call: GatedCall, rounds: int, footprint: int) -> LayerSpeed:
     dense = min(forms, key=median.__getitem__)
     real = statistics.median(a / b for a, b in zip(times[dense], times["engine"], strict=True))
     seconds = {"dense": median[dense], "mask": median["mask"], "engine": median["engine"]}
-    counted = 1 / density(call.settings, (*size, channels), out)
+    counted = 1 / density(call.settings, call.x.shape[1:], out)
     return LayerSpeed(call.path, shown, dense, engine, seconds, counted, real)
-
-
-def _dropped(settings: DynamicSpec, size: tuple[int, int], channels: int, out: tuple[int, int]) -> Kept:
-    """What `select` would choose, as far as `resolved` asks: whether there is anything to choose."""
-    there: Any = True
-    return Kept(
-        there if settings.groups_kept(channels) < channels // settings.group_size else None,
-        there if settings.columns and settings.tiles_kept(size) < size[0] * size[1] // settings.tile**2 else None,
-        there if settings.outputs and out else None,
-    )
 
 
 def _product_of_patches(window: Geometry, barrier: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxeff import spec
 from jaxeff.dynamic.gate import blocks, readers
@@ -57,7 +58,7 @@ def ratio_ascent(targets: Any, *, start: float = 0.1, increment: float = 0.05, e
         raise ValueError(f"targets must be [blocks, 2] (channels, columns), got shape {goal.shape}")
     if not bool(jnp.all((goal >= 0) & (goal < 1))) or not 0 <= start < 1:
         raise ValueError(f"ratios are shares that are dropped, in [0, 1), got start={start} and targets {targets}")
-    if increment <= 0 or every < 1:
+    if not increment > 0 or every < 1:
         raise ValueError(f"increment must be above 0 and every at least 1, got {increment} and {every}")
 
     def schedule(step):
@@ -67,7 +68,13 @@ def ratio_ascent(targets: Any, *, start: float = 0.1, increment: float = 0.05, e
 
 
 def ascent_steps(targets: Any, *, start: float = 0.1, increment: float = 0.05, every: int) -> int:
-    """Steps until `ratio_ascent` of these arguments has reached every target."""
+    """Steps until `ratio_ascent` of these arguments has reached every target.
+
+    Raises:
+      ValueError: for a climb that never ends.
+    """
+    if not increment > 0:
+        raise ValueError(f"increment must be above 0, got {increment}")
     highest = float(jnp.max(jnp.asarray(targets)))
     return max(0, math.ceil(round((highest - start) / increment, 6))) * every
 
@@ -107,16 +114,27 @@ def targeted_dropout(
     functions: Any,
     paths: Sequence[Sequence[str]],
     schedule: Schedule,
+    *,
+    reached: Any = None,
+    after: int = 0,
 ) -> Functions:
     """A network whose gates follow a schedule while it learns; `jaxeff.training` takes the result as it is.
 
     The step is counted in the model's own state (collection "ascent"), so it is saved and resumed with it; evaluation
     has the ratios of the steps done so far.
 
+    While ratios climb, gates mask, as shapes cannot follow. Once they stand, a network with these ratios as its own can
+    take over, whose engines leave out what is dropped, forward and backward. Both are branches of one program: the
+    whole ascent is one compilation still, and a step computes one of them.
+
     Args:
       functions: (init, apply) of a gated network, for example `jaxeff.training.from_linen(network)`.
       paths: of the gates of each block, as of `block_paths`.
       schedule: step -> [B, 2], for example `ratio_ascent(...)`.
+      reached: (init, apply) of the network that has the last ratios of the schedule as its own, for example
+        `jaxeff.training.from_linen(network)` of `with_ratios(...)`; run `jaxeff.dynamic.tune(..., train=True)` on it
+        before, or its gates mask as well. None lets the first network go on.
+      after: the step from which on `reached` takes over, for example `ascent_steps(...)`.
 
     Returns:
       The functions of the same network under the schedule.
@@ -128,7 +146,14 @@ def targeted_dropout(
     def apply(variables, inputs, train, key):
         inner = {name: value for name, value in variables.items() if name != ASCENT}
         step = variables[ASCENT]["step"]
-        outputs, state = _at(functions, paths, schedule(step), inner, inputs, train, key)
+
+        def climbing():
+            return _at(functions, paths, schedule(step), inner, inputs, train, key)
+
+        if reached is None:
+            outputs, state = climbing()
+        else:
+            outputs, state = lax.cond(step < after, climbing, lambda: reached.apply(inner, inputs, train, key))
         return outputs, {**state, ASCENT: {"step": step + train}}
 
     return Functions(start, apply)

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pathlib
+import platform
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -28,8 +29,9 @@ MOST_COPIES = 32
 
 def cache_folder() -> pathlib.Path:
     """Where what was found out about this machine is kept: $JAXEFF_CACHE_DIR, or jaxeff in the user's cache folder."""
-    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "jaxeff"
-    return pathlib.Path(os.environ.get("JAXEFF_CACHE_DIR", default))
+    if named := os.environ.get("JAXEFF_CACHE_DIR"):
+        return pathlib.Path(named)
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxeff"
 
 
 def table_path() -> pathlib.Path:
@@ -47,7 +49,21 @@ def signature(what: str, arrays: Sequence[Any], *settings: Any) -> str:
     """
     shapes = "+".join(f"{a.dtype.name}{list(a.shape)}" for a in arrays)
     device = jax.devices()[0].device_kind
+    if device == "cpu":  # a home folder may be that of several machines
+        device = f"cpu {processor()[0]}"
     return "|".join([what, device, str(os.cpu_count()), f"jax {jax.__version__}", shapes, *map(str, settings)])
+
+
+@functools.cache
+def processor() -> tuple[str, str]:
+    """The name of the processor, and all that code compiled for it alone may depend on."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor(), platform.platform()
+    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    names = [line.partition(":")[2].strip() for line in told if line.startswith(("model name", "CPU part"))]
+    return "".join(names[:1]), "\n".join(told)
 
 
 def lookup(name: str) -> str | None:

@@ -28,12 +28,19 @@ struct Square {
   static float Of(float value) { return value * value; }
 };
 
-// Sums of a map [positions, size] over positions.
+// Sums of a map [positions, size] over positions, of a few at a time, as a sum of many in float loses its last digits.
 template <typename Term>
 void ChannelSums(const float* map, int64_t positions, int64_t size, float* sums) {
-  std::fill(sums, sums + size, 0.0f);
-  for (int64_t i = 0; i < positions; ++i, map += size)
-    for (int64_t j = 0; j < size; ++j) sums[j] += Term::Of(map[j]);
+  constexpr int64_t kTogether = 64;
+  std::vector<float> few(size);
+  std::vector<double> total(size);
+  for (int64_t start = 0; start < positions; start += kTogether) {
+    std::fill(few.begin(), few.end(), 0.0f);
+    for (int64_t i = start; i < std::min(start + kTogether, positions); ++i, map += size)
+      for (int64_t j = 0; j < size; ++j) few[j] += Term::Of(map[j]);
+    for (int64_t j = 0; j < size; ++j) total[j] += few[j];
+  }
+  std::copy(total.begin(), total.end(), sums);
 }
 
 // Sums of a map [positions, size] over its last axis, in as many parts as a vector has numbers.
@@ -83,11 +90,11 @@ ffi::Error Sums(ffi::ThreadPool& pool, Floats& maps, Floats& sums, const Sum* ki
   return ffi::Error::Success();
 }
 
-ffi::Error OverPositions(ffi::ThreadPool pool, Floats maps, ffi::Result<Floats> sums, int64_t kind) {
+ffi::Error OverPositions(ffi::ThreadPool pool, Floats maps, ffi::Result<Floats> sums, int64_t kind, int64_t, int64_t) {
   return Sums(pool, maps, *sums, kChannelSums, kind, false);
 }
 
-ffi::Error OverChannels(ffi::ThreadPool pool, Floats maps, ffi::Result<Floats> sums, int64_t kind) {
+ffi::Error OverChannels(ffi::ThreadPool pool, Floats maps, ffi::Result<Floats> sums, int64_t kind, int64_t, int64_t) {
   return Sums(pool, maps, *sums, kColumnSums, kind, true);
 }
 
@@ -101,7 +108,7 @@ uint32_t Key(float score) {
 }
 
 // The k-th highest number of each row is found bit by bit; among equal ones the lower indices are chosen.
-ffi::Error Choose(Floats scores, ffi::Result<ffi::Buffer<ffi::S32>> indices) {
+ffi::Error Choose(Floats scores, ffi::Result<ffi::Buffer<ffi::S32>> indices, int64_t, int64_t) {
   const int64_t size = scores.dimensions().back(), k = indices->dimensions().back();
   const int64_t rows = k ? static_cast<int64_t>(indices->element_count()) / k : 0;
   std::vector<uint32_t> keys(size);
@@ -128,8 +135,10 @@ ffi::Error Choose(Floats scores, ffi::Result<ffi::Buffer<ffi::S32>> indices) {
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SumOverPositions, OverPositions,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Floats>().Attr<int64_t>("kind"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SumOverChannels, OverChannels,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Floats>().Attr<int64_t>("kind"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(Highest, Choose, ffi::Ffi::Bind().Arg<Floats>().Ret<ffi::Buffer<ffi::S32>>());
+// The last two attributes are for who counts multiply-accumulates in a traced program: there are none.
+#define COUNTED(binding) (binding).Attr<int64_t>("paper_macs").Attr<int64_t>("xla_macs")
+#define SUMS ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Floats>().Attr<int64_t>("kind")
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SumOverPositions, OverPositions, COUNTED(SUMS));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SumOverChannels, OverChannels, COUNTED(SUMS));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(Highest, Choose, COUNTED(ffi::Ffi::Bind().Arg<Floats>().Ret<ffi::Buffer<ffi::S32>>()));

@@ -6,6 +6,7 @@ convolution that takes as long as the convolution itself. `choice.cc` takes micr
 
 import pathlib
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jaxeff.ops import native
 SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 SYMBOLS: tuple[str, ...] = ("SumOverPositions", "SumOverChannels", "Highest")
 TERMS: tuple[str, ...] = ("mean", "abs_mean", "l2")
+# For jaxeff.costs: what is done here are no multiply-accumulates.
+NO_PRODUCTS: dict[str, Any] = {"paper_macs": np.int64(0), "xla_macs": np.int64(0)}
 
 
 def unavailable() -> str | None:
@@ -49,7 +52,7 @@ def map_sums(maps: jax.Array, over: str, term: str) -> jax.Array:
     name, kept = {"positions": ("SumOverPositions", -1), "channels": ("SumOverChannels", -2)}[over]
     result = compat.ffi_result_like(maps, (*maps.shape[:-2], maps.shape[kept]), jnp.float32)
     call = jax.ffi.ffi_call(name, result, vmap_method="broadcast_all")
-    return call(maps, kind=np.int64(TERMS.index(term)))
+    return call(maps, kind=np.int64(TERMS.index(term)), **NO_PRODUCTS)
 
 
 @map_sums.defjvp
@@ -74,4 +77,4 @@ def highest(scores: jax.Array, k: int) -> jax.Array:
     """
     native.register(SOURCE, *SYMBOLS)
     result = compat.ffi_result_like(scores, (*scores.shape[:-1], k), jnp.int32)
-    return jax.ffi.ffi_call("Highest", result, vmap_method="broadcast_all")(scores)
+    return jax.ffi.ffi_call("Highest", result, vmap_method="broadcast_all")(scores, **NO_PRODUCTS)

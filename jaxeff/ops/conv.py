@@ -94,7 +94,7 @@ def conv_general_dilated(
         groups that do not divide the channels, or impl="native" where nothing can be compiled.
       TypeError: if input and kernel differ in dtype, or preferred_element_type is narrower.
     """
-    chosen = _checked_impl(_CHOICE.value[0] if impl is None else impl)
+    chosen = _checked_impl(current_impl() if impl is None else impl)
     _check_operands(lhs, rhs, dimension_numbers, feature_group_count, batch_group_count)
     _check_window(lhs, window_strides, padding, lhs_dilation, rhs_dilation)
     _check_result_dtype(lhs, preferred_element_type)
@@ -172,6 +172,12 @@ def _has_native(window: Window, x: jax.Array) -> bool:
     if reason := gathered_conv.unavailable(x.dtype):
         raise ValueError(f"impl='native' cannot be had: {reason}; take 'auto'")
     return True
+
+
+def current_impl() -> str:
+    """The implementation of convolutions that do not choose one themselves, see `conv_impl`."""
+    impl: str = _CHOICE.value[0]
+    return impl
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,9 +1,9 @@
 // Convolution of chosen channels and positions on CPU: products of what is kept, read where it lies.
 //
 // A channel that is dropped is a row of the kernel that nobody loads, and a column that is dropped a row of the map.
-// Nothing is gathered into a copy first but for blocks of the kernel that many positions read, and blocks of output
-// channels are the outer loop, so that the part of the kernel that all samples of a batch share is in the cache of a
-// core when the next sample reads its own rows of it.
+// What is copied first are blocks of the kernel that many positions read, and the patches of a few channels. Blocks of
+// output channels are the outer loop, so that the part of the kernel that all samples of a batch share is in the cache
+// of a core when the next sample reads its own rows of it.
 //
 // Letters: N batch, P input and Q output positions, T taps, C input and O output channels; of each sample S positions
 // and K channels are kept. The map is [N, P, C], the kernel [T, C, O], `reads` [T, Q] says which input position an output
@@ -43,7 +43,9 @@ constexpr int kWorthCopying = 32;
 constexpr int kWorthMirroring = 24;
 // Fewer channels than this are multiplied for all taps at once.
 constexpr int kFewChannels = 16;
-// Output positions that a task sums at a time: with a block of channels they take 64 KiB.
+// Zeros that are written at a time.
+constexpr int64_t kZeros = 1 << 16;
+// Output positions that a task sums at a time: with a block of channels they take 64 KiB where vectors are of 16.
 constexpr int64_t kPositions = 256;
 
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
@@ -243,12 +245,22 @@ struct Pairs {
 
 ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument("gathered convolution: " + message); }
 
-ffi::Error CheckIndices(const char* what, const Integers& indices, int64_t limit) {
-  const int32_t* values = indices.typed_data();
-  for (size_t i = 0; i < indices.element_count(); ++i)
-    if (values[i] < 0 || values[i] >= limit)
-      return Invalid(std::string("an index of ") + what + " is " + std::to_string(values[i]) + ", of " +
-                     std::to_string(limit));
+// Indices of each of `rows` samples: in range, no two alike, and ascending where that is asked for.
+ffi::Error CheckIndices(const char* what, const int32_t* indices, int64_t rows, int64_t count, int64_t limit,
+                        bool ascending) {
+  std::vector<char> seen(limit);
+  for (int64_t row = 0; row < rows; ++row, indices += count) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (indices[i] < 0 || indices[i] >= limit)
+        return Invalid(std::string("an index of ") + what + " is " + std::to_string(indices[i]) + ", of " +
+                       std::to_string(limit));
+      if (ascending && i && indices[i] <= indices[i - 1])
+        return Invalid(std::string("indices of ") + what + " must ascend; sort them, and take none twice");
+      if (!ascending && seen[indices[i]]++)
+        return Invalid(std::string("index ") + std::to_string(indices[i]) + " of " + what + " is there twice");
+    }
+    for (int64_t i = 0; i < count; ++i) seen[indices[i]] = 0;
+  }
   return ffi::Error::Success();
 }
 
@@ -259,8 +271,12 @@ ffi::Error Read(const int64_t* map, const int64_t* kernel, int64_t outputs, cons
               columns.dimensions()[1], reads.typed_data(), writes.typed_data(), nullptr, nullptr};
   if (problem->k) problem->channels = channels.typed_data(); else problem->k = problem->c;
   if (problem->s) problem->columns = columns.typed_data(); else problem->s = problem->p;
-  if (auto error = CheckIndices("channels", channels, problem->c); error.failure()) return error;
-  return CheckIndices("columns", columns, problem->p);
+  if (problem->channels)
+    if (auto error = CheckIndices("channels", problem->channels, problem->n, problem->k, problem->c, true);
+        error.failure())
+      return error;
+  return problem->columns ? CheckIndices("columns", problem->columns, problem->n, problem->s, problem->p, false)
+                          : ffi::Error::Success();
 }
 
 // `count` rows, by their offsets, one after the other; what lies beyond `used` of the `width` numbers is zero.
@@ -432,9 +448,9 @@ void MapGradientOfMany(ffi::ThreadPool& pool, const Problem& problem, const floa
 // Small maps: inner products of rows as they lie, block by block of the input channels for all samples.
 void MapGradientOfFew(ffi::ThreadPool& pool, const Problem& problem, const float* g, const float* kernel, float* dx) {
   const int64_t q = problem.q, o = problem.o, c = problem.c;
-  constexpr int64_t kChannels = 32;
-  jaxeff::Parallel(pool, (c + kChannels - 1) / kChannels, [&](int64_t task) {
-    const int64_t begin = task * kChannels, end = std::min(begin + kChannels, c);
+  const int64_t part = std::clamp<int64_t>(c / Wanted(pool), kDotColumns, 32);
+  jaxeff::Parallel(pool, (c + part - 1) / part, [&](int64_t task) {
+    const int64_t begin = task * part, end = std::min(begin + part, c);
     Pairs pairs;
     float sums[kLanes];
     const float *a[kDotRows], *b[kDotColumns];
@@ -467,9 +483,11 @@ ffi::Error MapGradient(ffi::ThreadPool pool, Floats g, Floats kernel, Integers c
                         reads, writes, &problem);
       error.failure())
     return error;
-  const int64_t size = problem.p * problem.c;
   float* out = dx->typed_data();
-  jaxeff::Parallel(pool, problem.n, [&](int64_t sample) { std::fill_n(out + sample * size, size, 0.0f); });
+  const int64_t size = problem.n * problem.p * problem.c, parts = (size + kZeros - 1) / kZeros;
+  jaxeff::Parallel(pool, parts, [&](int64_t part) {
+    std::fill(out + part * kZeros, out + std::min((part + 1) * kZeros, size), 0.0f);
+  });
   const auto gradient = problem.s < kWorthMirroring ? MapGradientOfFew : MapGradientOfMany;
   gradient(pool, problem, g.typed_data(), kernel.typed_data(), out);
   return ffi::Error::Success();
@@ -573,11 +591,13 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Floats g, Floats x, Integers cha
     map = masked.data();
   }
   const bool together = few || !problem.channels;
-  constexpr int64_t kChannels = 512;
-  const int64_t blocks = (problem.o + kBlock - 1) / kBlock, parts = (problem.c + kChannels - 1) / kChannels;
+  const int64_t blocks = (problem.o + kBlock - 1) / kBlock;
+  // A product of few channels is mostly overhead, one of many leaves threads without work.
+  const int64_t size = std::clamp<int64_t>(problem.c * problem.t * blocks / Wanted(pool), 48, 512);
+  const int64_t parts = (problem.c + size - 1) / size;
   jaxeff::Parallel(pool, problem.t * parts * blocks, [&](int64_t task) {
-    const int64_t from = task % blocks * kBlock, begin = task / blocks % parts * kChannels;
-    KernelBlock block(problem, map, gradient, task / blocks / parts, begin, std::min(begin + kChannels, problem.c),
+    const int64_t from = task % blocks * kBlock, begin = task / blocks % parts * size;
+    KernelBlock block(problem, map, gradient, task / blocks / parts, begin, std::min(begin + size, problem.c),
                       from);
     if (together) block.OfAllChannels(); else block.OfEachSample();
     for (int64_t i = begin; i < block.end; ++i)

@@ -54,64 +54,106 @@ def gathered_conv(
       strides: one for every axis of space.
       padding: (low, high) of every axis.
       dilation: of the kernel, one for every axis.
-      channels: int32 [N, K], ascending, the kept channels of each sample; None for all.
-      columns: int32 [N, S], in row-major order and no two of a sample alike, the kept positions; None for all.
+      channels: integers [N, K], ascending and no two alike, the kept channels of each sample; None for all.
+      columns: integers [N, S], numbers of positions in row-major order, no two of a sample alike, those that are kept;
+        None for all.
 
     Returns:
-      float32 [N, *output space, O]. Its backward pass costs the kept share, too; of first order only.
+      float32 [N, *output space, O]. Its backward pass, of any order, costs the kept share, too.
 
     Raises:
-      jaxeff.ops.native.UnavailableError: where the code cannot be compiled; `unavailable` asks before.
-      jax.errors.JaxRuntimeError: while it runs, for indices that are out of range.
+      ValueError: for shapes that do not fit.
+      jaxeff.ops.native.UnavailableError: where the code cannot be had; `unavailable` asks before.
+      jax.errors.JaxRuntimeError: while it runs, for indices that are out of range or in another order.
     """
     native.register(SOURCE, *SYMBOLS)
-    size, window = x.shape[1:-1], (kernel.shape[:-2], strides, padding, dilation)
-    reads, writes = taps.read_positions(size, *window), taps.written_positions(size, *window)
+    if x.ndim != kernel.ndim or x.ndim < 3 or x.shape[-1] != kernel.shape[-2]:
+        raise ValueError(f"x must be [N, *space, C] and kernel [*taps, C, O], got {x.shape} and {kernel.shape}")
+    positions = math.prod(x.shape[1:-1])
+    for name, indices, limit in (("channels", channels, x.shape[-1]), ("columns", columns, positions)):
+        if indices is not None and not (indices.shape[:-1] == x.shape[:1] and 1 <= indices.shape[-1] <= max(1, limit)):
+            raise ValueError(f"{name} must be of shape [{len(x)}, 1..{limit}], got {indices.shape}")
+    axes = compat.varying_axes(x) | compat.varying_axes(kernel)
+    x, kernel = compat.vary((x, kernel), axes)
+    window = (kernel.shape[:-2], strides, padding, dilation)
+    reads, writes = taps.read_positions(x.shape[1:-1], *window), taps.written_positions(x.shape[1:-1], *window)
     out = tuple(
-        (n + low + high - (t - 1) * d - 1) // s + 1
-        for n, t, s, (low, high), d in zip(size, *window, strict=True)
+        max(0, (n + low + high - (t - 1) * d - 1) // s + 1)
+        for n, t, s, (low, high), d in zip(x.shape[1:-1], *window, strict=True)
     )  # fmt: skip
     if 0 in (*x.shape, *kernel.shape, *out):
-        return compat.vary(jnp.zeros((len(x), *out, kernel.shape[-1])), compat.varying_axes(x))
-    flat, outputs = x.reshape(len(x), math.prod(size), x.shape[-1]), math.prod(out)
-    if channels is None and columns is None and outputs < MANY_POSITIONS and len(x) * outputs <= MOST_POSITIONS:
+        return compat.vary(jnp.zeros((len(x), *out, kernel.shape[-1])), axes)
+    batch, outputs = len(x), math.prod(out)
+    if channels is None and columns is None and outputs < MANY_POSITIONS and batch * outputs <= MOST_POSITIONS:
         # Who keeps the same can be one sample of many positions, for which the kernel is read once.
-        flat = flat.reshape(1, -1, x.shape[-1])
-        reads, writes = (
-            _of_all_samples(table, n, len(x)) for table, n in ((reads, math.prod(size)), (writes, outputs))
-        )
-        outputs *= len(x)
-    everything = jnp.zeros((len(flat), 0), jnp.int32)
-    chosen = tuple(everything if indices is None else indices for indices in (channels, columns))
-    tables = compat.vary((*chosen, jnp.asarray(reads), jnp.asarray(writes)), compat.varying_axes(x))
-    y = _gathered(outputs, _counted(flat, kernel, writes, outputs, *chosen), flat, _by_tap(kernel), *tables)
-    return y.reshape(len(x), *out, -1)
+        reads, writes = _of_all_samples(reads, positions, batch), _of_all_samples(writes, outputs, batch)
+        batch, outputs = 1, batch * outputs
+    everything = jnp.zeros((batch, 0), jnp.int32)
+    chosen = tuple(everything if i is None else i.astype(jnp.int32) for i in (channels, columns))
+    tables = compat.vary((*chosen, jnp.asarray(reads), jnp.asarray(writes)), axes)
+    counted = _counted(x, kernel, writes, outputs, batch, *chosen)
+    return _convolution(counted, (batch, outputs), x, kernel, *tables).reshape(len(x), *out, -1)
+
+
+# The convolution and its two gradients are bilinear and close under differentiation: with a gradient u of x, or v of
+# the kernel, in the place of x or of the kernel, each is the derivative of the others.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gathered(outputs, counted, x, kernel, channels, columns, reads, writes):
-    shape = (len(x), outputs, kernel.shape[-1])
-    return _call("GatheredConv", counted, x, shape, x, kernel, channels, columns, reads, writes)
+def _convolution(counted, size, x, kernel, *tables):
+    shape = (*size, kernel.shape[-1])
+    return _call("GatheredConv", counted, x, shape, _flat(size, x), _by_tap(kernel), *tables)
 
 
-def _forward(outputs, counted, x, kernel, *tables):
-    return _gathered(outputs, counted, x, kernel, *tables), (x, kernel, *tables)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _map_gradient(counted, size, shape, g, kernel, *tables):
+    flat = (size[0], math.prod(shape[:-1]) // size[0], shape[-1])
+    return _call("GatheredMapGradient", counted, g, flat, g, _by_tap(kernel), *tables).reshape(shape)
 
 
-def _backward(outputs, counted, residuals, g):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _kernel_gradient(counted, size, shape, g, x, *tables):
+    flat = (math.prod(shape[:-2]), *shape[-2:])
+    return _call("GatheredKernelGradient", counted, g, flat, g, _flat(size, x), *tables).reshape(shape)
+
+
+def _convolution_backward(counted, size, residuals, g):
     x, kernel, *tables = residuals
-    dx = _call("GatheredMapGradient", counted, x, x.shape, g, kernel, *tables)
-    dk = _call("GatheredKernelGradient", counted, x, kernel.shape, g, x, *tables)
-    return dx, dk, *(np.zeros(table.shape, jax.dtypes.float0) for table in tables)
+    dx = _map_gradient(counted, size, x.shape, g, kernel, *tables)
+    return dx, _kernel_gradient(counted, size, kernel.shape, g, x, *tables), *_none(tables)
 
 
-_gathered.defvjp(_forward, _backward)
+def _map_gradient_backward(counted, size, shape, residuals, u):
+    g, kernel, *tables = residuals
+    dg = _convolution(counted, size, u, kernel, *tables)
+    return dg, _kernel_gradient(counted, size, kernel.shape, g, u, *tables), *_none(tables)
+
+
+def _kernel_gradient_backward(counted, size, shape, residuals, v):
+    g, x, *tables = residuals
+    dg = _convolution(counted, size, x, v, *tables)
+    return dg, _map_gradient(counted, size, x.shape, g, v, *tables), *_none(tables)
+
+
+_convolution.defvjp(lambda counted, size, *rest: (_convolution(counted, size, *rest), rest), _convolution_backward)
+for _function, _rule in ((_map_gradient, _map_gradient_backward), (_kernel_gradient, _kernel_gradient_backward)):
+    _function.defvjp(
+        lambda counted, size, shape, *rest, function=_function: (function(counted, size, shape, *rest), rest), _rule
+    )
+
+
+def _none(tables):
+    return (np.zeros(table.shape, jax.dtypes.float0) for table in tables)
 
 
 def _call(name: str, counted: tuple[int, int], like: jax.Array, shape: tuple[int, ...], *operands: jax.Array):
     result = compat.ffi_result_like(like, shape, jnp.float32)
-    paper, xla = map(np.int64, counted)  # for jaxeff.costs, by its conventions
+    paper, xla = map(np.int64, counted)  # for jaxeff.costs, see its conventions
     return jax.ffi.ffi_call(name, result, vmap_method="sequential")(*operands, paper_macs=paper, xla_macs=xla)
+
+
+def _flat(size: tuple[int, int], x: jax.Array) -> jax.Array:
+    return x.reshape(size[0], -1, x.shape[-1])
 
 
 def _by_tap(kernel: jax.Array) -> jax.Array:
@@ -124,9 +166,10 @@ def _of_all_samples(table: np.ndarray, size: int, batch: int) -> np.ndarray:
     return np.where(table[:, None] == size, batch * size, shifted).reshape(len(table), -1).astype(np.int32)
 
 
-def _counted(x, kernel, writes, outputs, channels, columns) -> tuple[int, int]:
+def _counted(x, kernel, writes, outputs, batch, channels, columns) -> tuple[int, int]:
     """Multiply-accumulates with every tap of every output position, and without those in the padding."""
-    batch, positions, width = x.shape
-    per_product = batch * (channels.shape[1] or width) * kernel.shape[-1]
+    positions = x.size // x.shape[-1] // batch
+    per_product = batch * (channels.shape[1] or x.shape[-1]) * kernel.shape[-1]
     kept = columns.shape[1] or positions
-    return tuple(per_product * n * kept // positions for n in (outputs * len(writes), int((writes < outputs).sum())))
+    everywhere, inside = outputs * len(writes), int((writes < outputs).sum())
+    return per_product * everywhere * kept // positions, per_product * inside * kept // positions

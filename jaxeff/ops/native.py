@@ -1,17 +1,22 @@
 """C++ for what no program of XLA's does: compiled once for this machine, called through `jax.ffi`.
 
 Nothing needs it. Where it cannot be had, `reason` says why, and callers take another form.
+
+A program that is to leave this process, by `jax.export`, is traced under `off()`: another process has no such code.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 
 import jax
 import jaxlib
@@ -22,9 +27,19 @@ from jaxeff.ops import autotune
 FLAGS: tuple[str, ...] = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-fPIC", "-shared", "-w")
 COMPILERS: tuple[str, ...] = ("c++", "g++", "clang++")
 
+# Part of what JAX remembers traces by.
+_OFF = jax.make_user_context(False)
+
 
 class UnavailableError(RuntimeError):
     """Compiled code cannot be had on this machine; the message says why."""
+
+
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+    """Leaves compiled code out of every program traced inside the `with` block, as JAXEFF_NATIVE=0 does everywhere."""
+    with _OFF(True):
+        yield
 
 
 def register(source: pathlib.Path, *symbols: str) -> None:
@@ -38,72 +53,96 @@ def register(source: pathlib.Path, *symbols: str) -> None:
       *symbols: their names.
 
     Raises:
-      UnavailableError: if $JAXEFF_NATIVE is 0, nothing compiles or the result does not load.
+      UnavailableError: under `off` or JAXEFF_NATIVE=0, or if nothing compiles or the result does not load.
     """
-    if failure := _register(source, symbols):
+    if failure := reason(source, *symbols):
         raise UnavailableError(failure)
 
 
 def reason(source: pathlib.Path, *symbols: str) -> str | None:
     """Why `register` fails, or None where it does not."""
-    return _register(source, symbols)
+    return _switched_off() or _undivided() or _register(source, symbols)
 
 
 def compiled(source: pathlib.Path) -> bool:
-    """Whether `register` finds the library of a file made already, and takes no time."""
-    return os.environ.get("JAXEFF_NATIVE", "1") != "0" and _library(source).exists()
+    """Whether `register` takes no time, as the library of a file is made or even loaded already."""
+    if _switched_off():
+        return False
+    if source in _LOADED:
+        return True
+    try:
+        return _library(source).exists()
+    except (OSError, RuntimeError):  # a folder that cannot be read, or no home to have one in
+        return False
 
 
-def _library(source: pathlib.Path) -> pathlib.Path:
-    return autotune.cache_folder() / f"{source.stem}-{_fingerprint(source)}.so"
+# What this process has loaded stays, whichever folder the environment names later.
+_LOADED: set[pathlib.Path] = set()
+
+
+def _switched_off() -> str | None:
+    if _OFF.value:
+        return "compiled code is switched off by jaxeff.ops.native.off"
+    return "compiled code is switched off by JAXEFF_NATIVE=0" if os.environ.get("JAXEFF_NATIVE") == "0" else None
+
+
+def _undivided() -> str | None:
+    """Why a program of several devices must not have compiled code: XLA would gather its operands on each of them."""
+    if jax.default_backend() != "cpu" or jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+        return None
+    return f"XLA does not divide compiled code over {jax.device_count()} devices; inside jax.shard_map it is divided"
 
 
 @functools.cache
 def _register(source: pathlib.Path, symbols: tuple[str, ...]) -> str | None:
-    if os.environ.get("JAXEFF_NATIVE", "1") == "0":
-        return "compiled code is switched off by JAXEFF_NATIVE=0"
-    path = _library(source)
     try:
+        path = _library(source)
         if not path.exists() and (failure := _compile(source, path)):
             return failure
-        library = ctypes.CDLL(str(path))
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:  # damaged, or made where the C library is another
+            if failure := _compile(source, path):
+                return failure
+            library = ctypes.CDLL(str(path))
         for symbol in symbols:
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
-    except OSError as error:
-        return f"{path} cannot be made or loaded: {error}; remove it, or set JAXEFF_CACHE_DIR to another folder"
+    except (OSError, RuntimeError, AttributeError) as error:
+        return f"the library of {source.name} cannot be made or loaded: {error}; set JAXEFF_CACHE_DIR to another folder"
+    _LOADED.add(source)
     return None
 
 
 def _compile(source: pathlib.Path, path: pathlib.Path) -> str | None:
     """Makes the library, whole at every moment; why that failed, or None."""
-    names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
-    compiler = next(filter(None, map(shutil.which, names)), None)
-    if compiler is None:
-        return f"there is no C++ compiler among {', '.join(names)}; install one, or name one by CXX"
+    named = os.environ.get("CXX")
+    commands = [shlex.split(named)] if named else [[name] for name in COMPILERS]
+    commands = [command for command in commands if command and shutil.which(command[0])]
+    if not commands:
+        names = named or ", ".join(COMPILERS)
+        return f"there is no C++ compiler among {names}; install one, or name one by CXX"
     path.parent.mkdir(parents=True, exist_ok=True)
+    failures = []
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = pathlib.Path(folder) / path.name
         folders = ("-I", str(source.parent), "-I", jax.ffi.include_dir())
-        command = [compiler, *FLAGS, *folders, str(source), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return f"{compiler} does not compile {source.name}: {done.stderr.strip()[-500:]}"
-        made.replace(path)
-    return None
+        for command in commands:
+            call = [*command, *FLAGS, *folders, str(source), "-o", str(made)]
+            done = subprocess.run(call, capture_output=True, text=True)
+            if not done.returncode:
+                made.replace(path)
+                return None
+            failures.append(f"{command[0]} does not compile {source.name}: {done.stderr.strip()[:500]}")
+    return "; ".join(failures)
+
+
+def _library(source: pathlib.Path) -> pathlib.Path:
+    return (autotune.cache_folder() / f"{source.stem}-{_fingerprint(source)}.so").absolute()
 
 
 @functools.cache
 def _fingerprint(source: pathlib.Path) -> str:
     """Of everything the library depends on but the compiler, which need not be there when it is loaded."""
     texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
-    parts = [*texts, *FLAGS, jaxlib.__version__, platform.machine(), _processor()]
+    parts = [*texts, *FLAGS, jaxlib.__version__, platform.platform(), *autotune.processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    """What -march=native depends on: caches move between machines with the home folder."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))

@@ -18,7 +18,7 @@
 
 namespace jaxeff {
 
-// While it lives, its thread is not on a core. Linux likes to wake a helper on the core of the thread that calls it, and
+// Moves its thread off a core for as long as it lives, if it is on it. Linux likes to wake a helper on the core of the thread that calls it, and
 // leaves both there for longer than a small convolution takes, beside an idle core.
 class Elsewhere {
  public:

@@ -30,7 +30,7 @@ def read_positions(
     flat = np.zeros((1, 1), np.int64)
     inside = np.ones((1, 1), bool)
     for n, taps, stride, (low, high), step in zip(size, kernel, strides, padding, dilation, strict=True):
-        outputs = (n + low + high - (taps - 1) * step - 1) // stride + 1
+        outputs = max(0, (n + low + high - (taps - 1) * step - 1) // stride + 1)
         at = np.arange(taps)[:, None] * step + np.arange(outputs)[None] * stride - low
         shape = len(flat) * taps, flat.shape[1] * outputs
         flat = (flat[:, None, :, None] * n + at[None, :, None, :]).reshape(shape)

@@ -2,9 +2,10 @@
 
     python -m launch.bench.dynamic [--case NAME]... [--pairs 9] [--device cpu|gpu] [--json FILE]
 
-Dense is whichever of these is fastest on the day: XLA's convolution, ours (`jaxeff.ops`), patches and one matrix
-product, with and without a barrier between the two, the compiled code of the engines with nothing left out, and the
-masked convolution. `make bench` keeps the results in launch/bench/results/dynamic.json.
+Dense is whichever of these is fastest on the day: for a layer XLA's convolution, ours (`jaxeff.ops`), patches and one
+matrix product, with and without a barrier between the two, the compiled code of the engines with nothing left out, and
+the masked convolution; for a network XLA's convolutions, ours or compiled code throughout, gated by masks or without
+gates. `make bench` keeps the results in launch/bench/results/dynamic.json.
 """
 
 import contextlib
@@ -98,6 +99,8 @@ ENGINES_OF = {
 def conv_engines(case: str, pairs: int) -> Iterator[dict[str, Any]]:
     """How many times faster than dense a 3x3 convolution of 16x16x256 maps is whose input is half dropped."""
     target, settings = ENGINES_OF[case]
+    if engines.native_misfit(jnp.float32):
+        settings = {name: chosen for name, chosen in settings.items() if not name.startswith("native")}
     for batch in (1, 8):
         times, dense = beside_dense(pairs, settings, *layer(batch, 16, 256, 256))
         best = times.fastest(*settings)
@@ -180,10 +183,9 @@ def vgg16(case: str, pairs: int) -> Iterator[dict[str, Any]]:
         for name, sizes in GROUPS.items():
             drops = [DynamicSpec(channels=ratio, group_size=g) for ratio, g in zip(ratios, sizes, strict=True)]
             network = gated(drops)
-            # The first layer has no gate: its convolution is that of the fastest dense network.
-            with own_table(), conv_impl(dense_impls()[-1]):
+            with own_table():
                 dynamic.tune(network, images)
-                run[name] = compiled(lambda *args, net=network: net.apply(*args), variables, images)
+                run[name] = compiled(network.apply, variables, images)
             counted[name] = 1 / (1 - dynamic.counted_macs(network.architecture, report)["total"].reduction)
         times = contest(run, pairs=pairs, seconds=TURN)
         dense, best = times.fastest(*forms), times.fastest(*GROUPS)
@@ -208,6 +210,7 @@ def gated(settings: list[DynamicSpec]) -> models.Network:
 def own_table() -> Iterator[None]:
     """A table of fastest engines that begins empty and is thrown away."""
     before = os.environ.get("JAXEFF_CACHE_DIR")
+    engines.native_misfit(jnp.float32)  # compiles, if at all, for all that follow, and not into the folder
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAXEFF_CACHE_DIR"] = folder
         try:
@@ -220,37 +223,36 @@ def own_table() -> Iterator[None]:
 
 
 def train_step(pairs: int) -> Iterator[dict[str, Any]]:
-    """Gradient of VGG-16 under AntiDote's ratios, with engines that are measured forward and backward, and masked."""
+    """Gradient of VGG-16 in targeted dropout that has reached AntiDote's ratios, with measured engines, and masked."""
     ratios, _ = VGG16["vgg16_antidote"]
+    table = [[ratio, 0.0] for ratio in ratios]
     for batch, target in ((8, 1.5), (32, None)):
         images, labels = jax.random.normal(jax.random.key(1), (batch, 32, 32, 3)), jnp.arange(batch) % 10
         run, groups = {}, {f"mask_{impl}": GROUPS["single"] for impl in dense_impls()} | GROUPS
         for name, sizes in groups.items():
             masked = name.startswith("mask_")
-            network = gated(
-                [
-                    DynamicSpec(channels=r, group_size=g, engine="mask" if masked else "auto")
-                    for r, g in zip(ratios, sizes, strict=True)
-                ]
-            )
-            variables = jax.jit(network.init)(jax.random.key(0), images)
+            network = gated([DynamicSpec(channels=r, group_size=g) for r, g in zip(ratios, sizes, strict=True)])
+            plain, paths = training.from_linen(network), dynamic.block_paths(network.architecture)
+            at_last = {} if masked else {"reached": plain, "after": 0}
+            schedule = dynamic.ratio_ascent(table, start=1 - 1e-6, every=1)
+            functions = dynamic.targeted_dropout(plain, paths, schedule, **at_last)
+            variables = functions.init(jax.random.key(0), images)
 
-            def loss(params, rest, images, network=network, labels=labels):
-                logits, _ = network.apply({"params": params, **rest}, images, True, mutable=["batch_stats"])
+            def loss(params, rest, images, functions=functions, labels=labels):
+                logits, _ = functions.apply({"params": params, **rest}, images, True, jax.random.key(0))
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-            rest = {"batch_stats": variables["batch_stats"]}
-            # Layers without a gate run in the fastest form, too, wherever the network is gated.
-            with own_table(), conv_impl(name.removeprefix("mask_") if masked else dense_impls()[-1]):
+            params, rest = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+            with own_table(), conv_impl(name.removeprefix("mask_") if masked else "auto"):
                 if not masked:
                     dynamic.tune(network, images, train=True)
-                run[name] = compiled(jax.grad(loss), variables["params"], rest, images)
+                run[name] = compiled(jax.grad(loss), params, rest, images)
         times = contest(run, pairs=pairs, seconds=TURN)
-        masked, best = times.fastest(*(name for name in groups if name not in GROUPS)), times.fastest(*GROUPS)
+        dense, best = times.fastest(*(name for name in groups if name not in GROUPS)), times.fastest(*GROUPS)
         for name in GROUPS:
             yield results.time_ratio(
-                f"train_step.batch{batch}.{name}", times, masked, name, better="higher",
-                against=f"masked ({masked.removeprefix('mask_')})", target=target if name == best else None,
+                f"train_step.batch{batch}.{name}", times, dense, name, better="higher",
+                against=f"masked ({dense.removeprefix('mask_')})", target=target if name == best else None,
             )  # fmt: skip
 
 

@@ -1,11 +1,13 @@
 """Cascades against a loop over single images in NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxeff import dynamic
+from jaxeff import dynamic, models
 from jaxeff.dynamic import figures
 
 
@@ -123,3 +125,26 @@ def test_bad_input_is_refused():
             dynamic.traverse([step], images, 0.5, buckets=buckets)
     with pytest.raises(ValueError, match=r"images and labels must be \[N, ...\] and \[N\]"):
         dynamic.exit_curve([step], images, np.zeros(2))
+
+
+def test_one_network_is_every_resolution_and_every_tile_ratio_of_a_cascade():
+    plan = models.vgg((4, "M", 8, 8), num_classes=3, input_shape=(16, 16, 1))
+    variables = models.Network(plan).init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
+    images = np.random.default_rng(0).normal(size=(9, 16, 16, 1)).astype(np.float32)
+    small = models.Network(dataclasses.replace(plan, input_shape=(8, 8, 1)))
+    tiles = dynamic.gate(plan, dynamic.DynamicSpec(columns=0.5, tile=2))
+    by_tiles = models.Network(tiles, gate=dynamic.gate_layer)
+    steps = [
+        dynamic.at_resolution(lambda x: small.apply(variables, x), (8, 8)),
+        jax.jit(lambda x: by_tiles.apply(variables, x)),
+        jax.jit(lambda x: models.Network(plan).apply(variables, x)),
+    ]
+    alone = [np.asarray(step(images)) for step in steps]
+    confident = [np.exp(x - x.max(1, keepdims=True)) for x in alone]
+    confident = [(e / e.sum(1, keepdims=True)).max(1) for e in confident]
+    threshold = float(np.median(np.concatenate(confident[:2])))
+    found = dynamic.traverse(steps, images, threshold, buckets=(1, 4))
+    expected = [next((i for i in (0, 1) if confident[i][n] > threshold), 2) for n in range(9)]
+    np.testing.assert_array_equal(found.exits, expected)
+    rows = np.array([alone[step][n] for n, step in enumerate(expected)])
+    np.testing.assert_allclose(found.logits, rows, rtol=1e-4, atol=1e-5)

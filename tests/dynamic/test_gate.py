@@ -78,6 +78,11 @@ def test_layers_without_a_place_for_a_gate_are_refused(architecture, layer, reas
 
 
 def test_settings_that_do_not_fit_are_refused():
+    for none in (0.5, [0.5] * 5, {"conv1": 0.5}):
+        with pytest.raises(TypeError, match=r"settings: expected DynamicSpec, .* got 0.5"):
+            dynamic.gate(models.vgg("A"), none)
+    with pytest.raises(TypeError, match="channels is the share that is dropped, a number in .* got '0.5'"):
+        DynamicSpec(channels="0.5")
     with pytest.raises(ValueError, match="settings has 2 entries, but 'vgg_A' has 5 blocks: conv1; conv2; conv3"):
         dynamic.gate(models.vgg("A"), [HALF, HALF])
     with pytest.raises(ValueError, match="'stage9' matches no convolution of 'vgg_A': conv1, "):

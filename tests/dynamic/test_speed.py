@@ -13,7 +13,7 @@ from jaxeff.dynamic import DynamicSpec, convolution, engines, speed
 from jaxeff.dynamic.convolution import candidates
 from jaxeff.ops import autotune
 
-NATIVE = set() if engines.native_misfit(jnp.float32) else {"native_channels"}
+NATIVE = set() if engines.native_misfit(jnp.float32) else {"native_mask", "native_channels"}
 X = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 PLAN = models.vgg((8, "M", 8, 8), num_classes=3, input_shape=(8, 8, 3))
 
@@ -84,7 +84,7 @@ def test_candidates_save_what_is_dropped():
     names = {
         "channels": {"mask", "channels", "grouped", *NATIVE},
         "columns": {"mask", "columns", *(name.replace("channels", "columns") for name in NATIVE)},
-        "outputs": {"mask", "output_columns", "output_tiles"},
+        "outputs": {"mask", "output_columns", "output_tiles", *(NATIVE - {"native_channels"})},
     }
     window = engines.geometry(X.shape, (3, 3, 3, 8))
     for axis, expected in names.items():
@@ -100,9 +100,10 @@ def test_engines_that_do_not_fit_are_no_candidates_and_auto_masks_in_their_place
     window = engines.geometry(X.shape, (3, 3, 4, 8))
     x, k = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 8))
     assert not any(name.startswith("native") for name in candidates(settings, x, window))
-    autotune.remember({convolution.signature(settings, x, k, window): "native_channels"})
     kept = dynamic.Kept(channels=jnp.zeros((2, 2), int))
-    assert convolution.resolved(settings, kept, x, k, window) == "mask"
+    for remembered in ("native_channels", "of another version"):
+        autotune.remember({convolution.signature(settings, x, k, window): remembered})
+        assert convolution.resolved(settings, kept, x, k, window) == "mask"
     with pytest.raises(
         ValueError, match="engine 'native_channels' does not fit: there is no C.. compiler; take 'mask'"
     ):

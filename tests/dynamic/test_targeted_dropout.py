@@ -58,6 +58,46 @@ def test_traced_ratios_do_what_static_ones_do(variables):
     np.testing.assert_allclose(traced, static(table).apply(variables, X), rtol=1e-5, atol=1e-6)
 
 
+def test_once_the_ratios_stand_their_own_network_takes_over_in_the_same_compilation(variables):
+    table = [[0.5, 0.25], [0.25, 0.5]]
+    schedule = dynamic.ratio_ascent(table, start=0.0, increment=0.25, every=1)
+    after = dynamic.ascent_steps(table, start=0.0, increment=0.25, every=1)
+    plain, own = training.from_linen(NETWORK), training.from_linen(static(table))
+    ran = []
+    watched = training.ModelFunctions(
+        own.init, lambda *call: jax.debug.callback(lambda: ran.append(1)) or own.apply(*call)
+    )
+    alone = dynamic.targeted_dropout(plain, PATHS, schedule)
+    both = dynamic.targeted_dropout(plain, PATHS, schedule, reached=watched, after=after)
+    first = {**variables, "ascent": {"step": jnp.zeros((), jnp.int32)}}
+
+    def steps(functions):
+        chex.clear_trace_counter()
+
+        @jax.jit
+        @chex.assert_max_traces(1)
+        def step(state):
+            def loss(params):
+                outputs, rest = functions.apply({**state, "params": params}, X, True, jax.random.key(0))
+                return (outputs**2).sum(), rest
+
+            slope, rest = jax.grad(loss, has_aux=True)(state["params"])
+            return {"params": jax.tree.map(lambda p, g: p - 1e-3 * g, state["params"], slope), **rest}
+
+        state = first
+        for _ in range(after + 2):
+            state = step(state)
+        return state
+
+    assert after == 2
+    found, expected = steps(both), steps(alone)
+    jax.effects_barrier()
+    assert len(ran) == 2 and found["ascent"]["step"] == 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    outputs, _ = both.apply(found, X, False, None)
+    np.testing.assert_allclose(outputs, alone.apply(found, X, False, None)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_every_sample_may_have_its_own_ratios(variables):
     tables = np.random.default_rng(1).integers(0, 4, (len(X), 2, 2)) / 4
     together = NETWORK.apply({**variables, "ratios": dynamic.ratio_variables(PATHS, np.moveaxis(tables, 0, -1))}, X)

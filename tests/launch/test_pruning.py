@@ -144,6 +144,7 @@ def test_dense_networks_are_left_as_they_are():
         (gates(None, macs=0.5, sensitivity_split="train"), "no source is named"),
         (gates(None, 0.5, macs=0.5, sensitivity_split="train", source="whole"), "let the other be None or 0"),
         (gates(0.5, rule="none"), "no source is named"),
+        (gates(0.5, rule="none", source="wide", snap=True), "snap lowers ratios that are given"),
         (gates((0.5, 0.5, 0.5)), "channels has 3 entries, but the network has 2 blocks"),
         (gates(1.5), "channels is the share that is dropped"),
         (gates(0.5, group_size=3), "group_size=3 does not divide"),
@@ -188,3 +189,37 @@ def test_rankings_and_blocks_reach_the_gates():
     found = {c.path: c.settings for c in dynamic.gated_calls(module, np.zeros((1, 8, 8, 1), np.float32))}
     assert found["conv2/layer"] == dynamic.DynamicSpec(0.5, group_size=2, ranking="inverse", engine="mask")
     assert found["conv3/layer"] == dynamic.DynamicSpec(0.25, group_size=4, ranking="inverse", engine="mask")
+
+
+def test_snapped_ratios_are_the_lowest_that_cost_no_layer_of_a_block_time(monkeypatch):
+    digits = data.load("digits", "train[:8]")
+    section = network("vgg", plan=(8, 8, "M", 8, 8))
+    section.gates = gates(0.75, snap=True)
+    module = pruning.network(section, digits)
+    # Half of the channels of the block's first layer take no longer than a quarter of them, of its second all.
+    seconds = iter([[1.0, 1.0, 2.0], [1.0, 1.0, 1.0], [1.0, 2.0, 2.0]])
+    monkeypatch.setattr(
+        "jaxeff.dynamic.budget._layer_seconds", lambda call, pairs, *_: (next(seconds)[: len(pairs)], 1.0)
+    )
+    table = pruning.snapped(module, 4)
+    assert table == [[0.5, 0.0], [0.75, 0.0]]
+    assert pruning.ratios(pruning.with_ratios(module, table)).tolist() == table
+
+
+def test_long_runs_measure_engines_once_and_short_ones_do_not(monkeypatch):
+    digits, tuned, known = data.load("digits", "train[:8]"), [], []
+    section = network("vgg", plan=PLAN)
+    section.gates = gates(0.5, increment=0.4)
+    module, config = pruning.network(section, digits), {"batch_size": 4}
+    monkeypatch.setattr(pruning.dynamic, "tune", lambda module, x, train: tuned.append((x.shape, train)))
+    monkeypatch.setattr(pruning.autotune, "lookup", lambda name: "mask" if known else None)
+    asked = section.gates.to_dict()
+    pruning.tune(module, asked, config, 300)
+    assert not tuned  # the ratios are reached at step 150, so only 150 are left
+    pruning.tune(module, asked, config, 400)
+    assert tuned == [((4, 8, 8, 1), True)]
+    known.append(True)
+    pruning.tune(module, asked, config, 400)
+    pruning.tune(module, {**asked, "rule": "sandwich"}, config, 400)
+    pruning.tune(module, {**asked, "engine": "mask"}, config, 400)
+    assert len(tuned) == 1

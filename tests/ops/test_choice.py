@@ -40,6 +40,11 @@ def test_sums_have_gradients_and_are_mapped(term, over):
     np.testing.assert_allclose(ours, jax.grad(squared(lambda x: plain(x).sum(axis)))(x), rtol=1e-4, atol=1e-5)
 
 
+def test_sums_of_large_maps_keep_their_digits():
+    x = np.full((1, 512 * 512, 3), 0.1, np.float32)
+    np.testing.assert_allclose(choice.map_sums(x, "positions", "mean"), 512 * 512 * np.float64(x[:, 0]), rtol=1e-6)
+
+
 VALUES = st.sampled_from([0.0, -0.0, 1.0, -2.0, 0.5, np.inf, -np.inf, np.nan])
 
 

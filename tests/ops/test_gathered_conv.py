@@ -79,6 +79,8 @@ def check(seed, batch, size, channels, features, taps, strides, padding, dilatio
         (9, (2, 2), 40, 40, 30, 3),
         (5, (4, 4), 17, 65, None, None),
         (2, (4, 4), 600, 20, 550, None),
+        (2, (6, 6), 1100, 20, 200, None),
+        (1, (3, 3), 20, 6, 9, None),
     ],
 )
 def test_every_way_equals_loops(batch, size, channels, features, kept, columns):
@@ -109,10 +111,15 @@ def test_any_window_equals_loops(data):
 
 @compiled
 def test_nothing_is_computed_of_nothing():
-    for shape, kernel in (((0, 4, 4, 3), (3, 3, 3, 2)), ((2, 4, 4, 3), (3, 3, 3, 0)), ((2, 2, 2, 3), (3, 3, 3, 2))):
+    for shape, kernel in (
+        ((0, 4, 4, 3), (3, 3, 3, 2)),
+        ((2, 4, 4, 3), (3, 3, 3, 0)),
+        ((2, 2, 2, 3), (3, 3, 3, 2)),
+        ((2, 1, 1, 3), (3, 3, 3, 2)),
+    ):
         x, k = jnp.ones(shape), jnp.ones(kernel)
         y, pullback = jax.vjp(lambda x, k: gathered_conv(x, k, (1, 1), ((0, 0), (0, 0)), (1, 1)), x, k)
-        assert y.shape == (shape[0], shape[1] - 2, shape[2] - 2, kernel[3]) and y.size == 0
+        assert y.shape == (shape[0], max(0, shape[1] - 2), max(0, shape[2] - 2), kernel[3]) and y.size == 0
         assert [g.shape for g in pullback(y)] == [shape, kernel] and not any(map(np.any, pullback(y)))
 
 
@@ -123,6 +130,84 @@ def test_indices_out_of_range_stop_the_program(what, index):
     x, k, chosen = jnp.ones((2, 2, 2, 4)), jnp.ones((1, 1, 4, 3)), {what: jnp.array([[0, 1], [2, index]])}
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"an index of {what} is {index}, of 4"):
         jax.block_until_ready(gathered_conv(x, k, (1, 1), ((0, 0), (0, 0)), (1, 1), **chosen))
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"channels": [[2, 1], [0, 1]]}, "indices of channels must ascend; sort them, and take none twice"),
+        ({"channels": [[0, 1], [3, 3]]}, "indices of channels must ascend"),
+        ({"columns": [[0, 1], [2, 2]]}, "index 2 of columns is there twice"),
+    ],
+)
+def test_indices_in_another_order_stop_the_program(chosen, message):
+    x, k, chosen = jnp.ones((2, 2, 2, 4)), jnp.ones((1, 1, 4, 3)), jax.tree.map(jnp.asarray, chosen)
+    chosen = {name: jnp.asarray(rows) for name, rows in chosen.items()}
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(gathered_conv(x, k, (1, 1), ((0, 0), (0, 0)), (1, 1), **chosen))
+
+
+@compiled
+def test_columns_may_come_in_any_order_and_indices_in_any_integers():
+    rng = np.random.default_rng(3)
+    x, k = rng.normal(size=(2, 4, 4, 5)).astype(np.float32), rng.normal(size=(3, 3, 5, 6)).astype(np.float32)
+    columns = jnp.asarray([rng.permutation(16)[:7] for _ in range(2)])
+    conv = lambda columns, dtype: gathered_conv(
+        x, k, (1, 1), ((1, 1), (1, 1)), (1, 1), jnp.array([[0, 3], [1, 4]], dtype), columns.astype(dtype)
+    )
+    ordered = conv(jnp.sort(columns), jnp.int32)
+    for dtype in (jnp.uint8, jnp.int16, jnp.uint32):
+        np.testing.assert_allclose(conv(columns, dtype), ordered, rtol=1e-5, atol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("x", "k", "chosen", "message"),
+    [
+        ((2, 4, 4, 8), (3, 3, 4, 5), {}, r"kernel \[\*taps, C, O\], got \(2, 4, 4, 8\) and \(3, 3, 4, 5\)"),
+        ((2, 4, 4, 8), (3, 8, 5), {}, r"x must be \[N, \*space, C\]"),
+        ((2, 4, 4, 8), (3, 3, 8, 5), {"channels": (1, 2)}, r"channels must be of shape \[2, 1..8\], got \(1, 2\)"),
+        ((2, 4, 4, 8), (3, 3, 8, 5), {"channels": (2, 0)}, r"channels must be of shape \[2, 1..8\], got \(2, 0\)"),
+        ((2, 4, 4, 8), (3, 3, 8, 5), {"columns": (2, 17)}, r"columns must be of shape \[2, 1..16\], got \(2, 17\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(x, k, chosen, message):
+    chosen = {name: jnp.zeros(shape, jnp.int32) for name, shape in chosen.items()}
+    with pytest.raises(ValueError, match=message):
+        gathered_conv(jnp.ones(x), jnp.ones(k), (1, 1), ((1, 1), (1, 1)), (1, 1), **chosen)
+
+
+@compiled
+def test_gradients_of_gradients():
+    rng = np.random.default_rng(4)
+    x, k = rng.normal(size=(2, 5, 5, 6)).astype(np.float32), rng.normal(size=(3, 3, 6, 4)).astype(np.float32)
+    channels = jnp.array([[0, 2, 5], [1, 2, 3]])
+    mask = np.zeros((2, 6), np.float32)
+    np.put_along_axis(mask, np.asarray(channels), 1, 1)
+
+    def penalty(conv):
+        slope = jax.grad(lambda x, k: jnp.sin(conv(x, k)).sum(), (0, 1))
+        return lambda x, k: sum((g**2).sum() for g in slope(x, k))
+
+    window = (2, 1), ((1, 1), (0, 1))
+    ours = jax.grad(penalty(lambda x, k: gathered_conv(x, k, *window, (1, 1), channels)), (0, 1))(x, k)
+    stock = lambda x, k: jax.lax.conv_general_dilated(
+        x * mask[:, None, None], k, *window, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    for found, expected in zip(ours, jax.grad(penalty(stock), (0, 1))(x, k), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@compiled
+def test_shared_kernels_inside_shard_map():
+    rng = np.random.default_rng(5)
+    x, k = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 4, 4, 3), (3, 3, 3, 2)))
+    conv = lambda x, k: gathered_conv(x, k, (1, 1), ((1, 1), (1, 1)), (1, 1))
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
+    sharded = jax.shard_map(conv, mesh=mesh, in_specs=(jax.P("batch"), jax.P()), out_specs=jax.P("batch"))
+    found, expected = (jax.grad(lambda x, k, f=f: (f(x, k) ** 2).sum(), (0, 1))(x, k) for f in (sharded, conv))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
 @compiled

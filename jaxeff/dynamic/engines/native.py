@@ -26,7 +26,7 @@ def native_conv(
       x: float32 [N, H, W, C].
       kernel: float32 [kh, kw, C, O].
       channels: int32 [N, K], ascending; None for all.
-      columns: int32 [N, S], positions in row-major order, no two of a sample alike; None for all.
+      columns: int32 [N, S], numbers of positions, no two of a sample alike; None for all.
 
     Returns:
       [N, H', W', O]. Its backward pass costs the kept share, too.
