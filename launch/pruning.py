@@ -297,10 +297,8 @@ def _functions(module: models.Network, asked: Mapping[str, Any], steps: int) -> 
         return plain
     if asked["rule"] == "sandwich":
         return training.ModelFunctions(*dynamic.sandwich(plain, paths, np.zeros_like(table), table))
-    pace, after = _pace(asked, table, steps)
-    # `plain` has the last ratios as its own, and engines for them.
-    schedule = dynamic.ratio_ascent(table, **pace)
-    return training.ModelFunctions(*dynamic.targeted_dropout(plain, paths, schedule, reached=plain, after=after))
+    schedule = dynamic.ratio_ascent(table, **_pace(asked, table, steps)[0])
+    return training.ModelFunctions(*dynamic.targeted_dropout(plain, paths, schedule))
 
 
 def _pace(asked: Mapping[str, Any], table: Any, steps: int) -> tuple[dict[str, Any], int]:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxeff import spec
 from jaxeff.dynamic import convolution, selection
-from jaxeff.dynamic.engines import Geometry, convolve, geometry
+from jaxeff.dynamic.engines import Geometry, convolve, geometry, out_size
 from jaxeff.dynamic.settings import DynamicSpec
 
 RATIOS = "ratios"
@@ -31,7 +32,8 @@ class GatedConvolution(nn.Module):
 
     Attributes:
       settings: what is dropped, and the engine. Where the collection "ratios" has variables of this module, they take
-        the place of the settings' ratios for channels and columns, and the engine masks.
+        the place of the settings' ratios for channels and columns, and the engine masks; within
+        `engines_at_own_ratios` it does not where the ratios are those of the settings.
     """
 
     settings: DynamicSpec
@@ -185,6 +187,19 @@ def reading_ratios(paths: Iterable[Iterable[str]]) -> Iterator[None]:
         raise ValueError(f"paths: no gate reads the ratios of {unread}; the gates are at {sorted(seen)}")
 
 
+@contextlib.contextmanager
+def engines_at_own_ratios() -> Iterator[None]:
+    """Within it, gates whose traced ratios are those of their settings compute by their engine, at run time.
+
+    Both ways are in the program, and one of them runs: not for ratios that `vmap` maps over, where both would.
+    """
+    _STANDING.append(True)
+    try:
+        yield
+    finally:
+        _STANDING.pop()
+
+
 def _shapes_of_init(module: nn.Module, inputs: Any, options: Mapping[str, Any] | None) -> Any:
     leaves, structure = jax.tree.flatten(inputs)
     shaped = {i: jax.ShapeDtypeStruct(a.shape, a.dtype) for i, a in enumerate(leaves) if hasattr(a, "shape")}
@@ -209,6 +224,8 @@ def _path(module: nn.Module) -> tuple[str, ...]:
 # What is written to while a network is traced: calls for `gated_calls`, and by path whether a gate has read ratios.
 _WATCHED: list[list[GatedCall]] = []
 _SEEN: list[dict[str, bool]] = []
+# Not empty within `engines_at_own_ratios`.
+_STANDING: list[bool] = []
 
 
 def _convolve(
@@ -232,8 +249,53 @@ def _convolve(
     for calls in _WATCHED:
         x, kernel = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (lhs, rhs))
         calls.append(GatedCall(path, settings, x, kernel, window))
-    if ratios is not None:
-        reader = selection.Reader(window, (rhs.shape[0], rhs.shape[1]))
-        y = convolve(window, selection.masked_by_ratio(lhs, ratios[0], ratios[1], settings), rhs)
-        return selection.masked_outputs(y, selection.outputs_by_ratio(lhs, ratios[0], settings, reader), settings)
-    return convolution.conv(lhs, rhs, settings, **window._asdict())
+    if ratios is None:
+        return convolution.conv(lhs, rhs, settings, **window._asdict())
+    channels, columns = ratios
+    if _STANDING and jnp.ndim(channels) == jnp.ndim(columns) == 0:
+        out = out_size(window, lhs.shape[1:3], rhs.shape[:2])
+        kept = selection.planned(settings, lhs.shape, out)
+        if convolution.resolved(settings, kept, lhs, rhs, window) != "mask":
+            return _by_engine_at_own_ratios(window, settings, jnp.asarray(channels), jnp.asarray(columns), lhs, rhs)
+    return _masked_by_ratio(window, settings, channels, columns, lhs, rhs)
+
+
+def _masked_by_ratio(window, settings, channels, columns, lhs, rhs):
+    reader = selection.Reader(window, (rhs.shape[0], rhs.shape[1]))
+    y = convolve(window, selection.masked_by_ratio(lhs, channels, columns, settings), rhs)
+    return selection.masked_outputs(y, selection.outputs_by_ratio(lhs, channels, settings, reader), settings)
+
+
+# Forward and backward pass branch each on its own: differentiated by JAX, a branch would keep for its backward pass
+# what every other branch needs for its own, as arrays of zeros.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_engine_at_own_ratios(window, settings, channels, columns, lhs, rhs):
+    own, masked = _two_ways(window, settings, channels, columns)
+    return lax.cond(_stand(settings, channels, columns), own, masked, lhs, rhs)
+
+
+def _either_forward(window, settings, *operands):
+    return _by_engine_at_own_ratios(window, settings, *operands), operands
+
+
+def _either_backward(window, settings, operands, g):
+    channels, columns, lhs, rhs = operands
+    ways = (
+        lambda *args, way=way: jax.vjp(way, *args[:2])[1](args[2]) for way in _two_ways(window, settings, *operands[:2])
+    )
+    by_lhs, by_rhs = lax.cond(_stand(settings, channels, columns), *ways, lhs, rhs, g)
+    return jnp.zeros_like(channels), jnp.zeros_like(columns), by_lhs, by_rhs
+
+
+_by_engine_at_own_ratios.defvjp(_either_forward, _either_backward)
+
+
+def _two_ways(window, settings, channels, columns):
+    own = lambda lhs, rhs: convolution.conv(lhs, rhs, settings, **window._asdict())
+    return own, functools.partial(_masked_by_ratio, window, settings, channels, columns)
+
+
+def _stand(settings, channels, columns) -> jax.Array:
+    """Whether traced ratios are those of the settings."""
+    near = [abs(ratio - own) < 1e-6 for ratio, own in ((channels, settings.channels), (columns, settings.columns))]
+    return near[0] & near[1]

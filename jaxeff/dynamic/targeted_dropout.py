@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxeff import spec
 from jaxeff.dynamic.gate import blocks, readers
-from jaxeff.dynamic.linen import RATIOS, reading_ratios
+from jaxeff.dynamic.linen import RATIOS, engines_at_own_ratios, reading_ratios
 from jaxeff.dynamic.settings import DynamicSpec
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -114,27 +113,22 @@ def targeted_dropout(
     functions: Any,
     paths: Sequence[Sequence[str]],
     schedule: Schedule,
-    *,
-    reached: Any = None,
-    after: int = 0,
 ) -> Functions:
     """A network whose gates follow a schedule while it learns; `jaxeff.training` takes the result as it is.
 
     The step is counted in the model's own state (collection "ascent"), so it is saved and resumed with it; evaluation
     has the ratios of the steps done so far.
 
-    While ratios climb, gates mask, as shapes cannot follow. Once they stand, a network with these ratios as its own can
-    take over, whose engines leave out what is dropped, forward and backward. Both are branches of one program: the
-    whole ascent is one compilation still, and a step computes one of them.
+    While ratios climb, gates mask, as shapes cannot follow. Where they have come to what the settings of a gate say,
+    its engine leaves out what is dropped, forward and backward, if `jaxeff.dynamic.tune(..., train=True)` has measured
+    that this is faster (or the settings name an engine). Both are branches of one program, of which a step runs one:
+    the whole ascent is one compilation still.
 
     Args:
-      functions: (init, apply) of a gated network, for example `jaxeff.training.from_linen(network)`.
+      functions: (init, apply) of a gated network, for example `jaxeff.training.from_linen(network)`; its gates have the
+        last ratios of the schedule as their own.
       paths: of the gates of each block, as of `block_paths`.
       schedule: step -> [B, 2], for example `ratio_ascent(...)`.
-      reached: (init, apply) of the network that has the last ratios of the schedule as its own, for example
-        `jaxeff.training.from_linen(network)` of `with_ratios(...)`; run `jaxeff.dynamic.tune(..., train=True)` on it
-        before, or its gates mask as well. None lets the first network go on.
-      after: the step from which on `reached` takes over, for example `ascent_steps(...)`.
 
     Returns:
       The functions of the same network under the schedule.
@@ -146,14 +140,8 @@ def targeted_dropout(
     def apply(variables, inputs, train, key):
         inner = {name: value for name, value in variables.items() if name != ASCENT}
         step = variables[ASCENT]["step"]
-
-        def climbing():
-            return _at(functions, paths, schedule(step), inner, inputs, train, key)
-
-        if reached is None:
-            outputs, state = climbing()
-        else:
-            outputs, state = lax.cond(step < after, climbing, lambda: reached.apply(inner, inputs, train, key))
+        with engines_at_own_ratios():
+            outputs, state = _at(functions, paths, schedule(step), inner, inputs, train, key)
         return outputs, {**state, ASCENT: {"step": step + train}}
 
     return Functions(start, apply)

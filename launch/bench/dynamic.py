@@ -231,11 +231,12 @@ def train_step(pairs: int) -> Iterator[dict[str, Any]]:
         run, groups = {}, {f"mask_{impl}": GROUPS["single"] for impl in dense_impls()} | GROUPS
         for name, sizes in groups.items():
             masked = name.startswith("mask_")
-            network = gated([DynamicSpec(channels=r, group_size=g) for r, g in zip(ratios, sizes, strict=True)])
+            settings = {"engine": "mask" if masked else "auto"}
+            drops = [DynamicSpec(channels=r, group_size=g, **settings) for r, g in zip(ratios, sizes, strict=True)]
+            network = gated(drops)
             plain, paths = training.from_linen(network), dynamic.block_paths(network.architecture)
-            at_last = {} if masked else {"reached": plain, "after": 0}
             schedule = dynamic.ratio_ascent(table, start=1 - 1e-6, every=1)
-            functions = dynamic.targeted_dropout(plain, paths, schedule, **at_last)
+            functions = dynamic.targeted_dropout(plain, paths, schedule)
             variables = functions.init(jax.random.key(0), images)
 
             def loss(params, rest, images, functions=functions, labels=labels):
@@ -243,7 +244,7 @@ def train_step(pairs: int) -> Iterator[dict[str, Any]]:
                 return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
             params, rest = variables["params"], {k: v for k, v in variables.items() if k != "params"}
-            with own_table(), conv_impl(name.removeprefix("mask_") if masked else "auto"):
+            with own_table(), conv_impl(name.removeprefix("mask_") if masked else dense_impls()[-1]):
                 if not masked:
                     dynamic.tune(network, images, train=True)
                 run[name] = compiled(jax.grad(loss), params, rest, images)
