@@ -5,7 +5,8 @@
 The ratios of channels are chosen so that half of the multiply-accumulates are left at the least loss of accuracy, on
 2,000 images that are not trained on. `figures/` then has the sensitivity of every block and the real beside the counted
 speed-up of every layer. A minute and a half on two CPU cores; not timed on a GPU yet. Expected: dense 88.5 %, pruned
-86.1 % with 0.47 of the multiply-accumulates, in three quarters of the time. With --config.networks.pruned.gates.macs=0.3 less is left.
+86.1 % with 0.47 of the multiply-accumulates, in three quarters of the time. With
+--config.networks.pruned.gates.macs=0.3 less is left.
 """
 
 from ml_collections import ConfigDict

@@ -76,7 +76,8 @@ def gathered_conv(
     axes = compat.varying_axes(x) | compat.varying_axes(kernel)
     x, kernel = compat.vary((x, kernel), axes)
     window = (kernel.shape[:-2], strides, padding, dilation)
-    reads, writes = taps.read_positions(x.shape[1:-1], *window), taps.written_positions(x.shape[1:-1], *window)
+    reads = taps.read_positions(x.shape[1:-1], *window)
+    writes = taps.inverse(reads, positions)
     out = tuple(
         max(0, (n + low + high - (t - 1) * d - 1) // s + 1)
         for n, t, s, (low, high), d in zip(x.shape[1:-1], *window, strict=True)

@@ -38,21 +38,16 @@ def read_positions(
     return np.where(inside, flat, int(np.prod(size))).astype(np.int32)
 
 
-def written_positions(
-    size: Sequence[int],
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-) -> np.ndarray:
-    """Which output position each input position contributes to through each tap: the inverse of `read_positions`.
+def inverse(table: np.ndarray, size: int) -> np.ndarray:
+    """Who finds each of `size` things, by a table [taps, finders] of what every finder finds through each tap.
+
+    Of `read_positions` it says which output position an input position contributes to.
 
     Returns:
-      int32 [taps, inputs]; the number of outputs where there is none.
+      int32 [taps, size]; the number of finders where there is none.
     """
-    reads = read_positions(size, kernel, strides, padding, dilation)
-    taps, outputs = reads.shape
-    writes = np.full((taps, int(np.prod(size)) + 1), outputs, np.int32)
+    taps, finders = table.shape
+    found = np.full((taps, size + 1), finders, np.int32)
     for tap in range(taps):
-        writes[tap, reads[tap]] = np.arange(outputs)
-    return writes[:, :-1]
+        found[tap, table[tap]] = np.arange(finders)
+    return found[:, :-1]

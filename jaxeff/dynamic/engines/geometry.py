@@ -81,4 +81,4 @@ def read_positions(window: Geometry, size: tuple[int, int], kernel: tuple[int, i
 
 def written_positions(window: Geometry, size: tuple[int, int], kernel: tuple[int, int]) -> np.ndarray:
     """Which output position each input position contributes to through each tap: int32 [taps, inputs]."""
-    return taps.written_positions(size, kernel, window.strides, window.padding, window.dilation)
+    return taps.inverse(read_positions(window, size, kernel), size[0] * size[1])
