@@ -31,14 +31,15 @@ class Engine(NamedTuple):
       run: function (window, settings, x, kernel, kept) -> y.
       exact: whether it equals masking; False for an approximation, which "auto" never takes.
       gpu: whether it is made for GPU; elsewhere "auto" never takes it.
-      misfit: function (window, settings, dtype) -> why it cannot compute a convolution, or None.
+      misfit: function (window, settings, x) -> why it cannot compute a convolution of x, of which it looks at shape and
+        dtype; or None.
     """
 
     saves: tuple[str, ...]
     run: Callable[[Geometry, DynamicSpec, jax.Array, jax.Array, Kept], jax.Array]
     exact: bool = True
     gpu: bool = False
-    misfit: Callable[[Geometry, DynamicSpec, Any], str | None] = lambda window, settings, dtype: None
+    misfit: Callable[[Geometry, DynamicSpec, Any], str | None] = lambda window, settings, x: None
 
 
 def conv(
@@ -89,7 +90,7 @@ def conv(
     planned = selection.planned(settings, x.shape, out) if kept is None else kept
     name = resolved(settings, planned, x, kernel, window)
     engine = ENGINES[name]
-    if reason := engine.misfit(window, settings, x.dtype):
+    if reason := engine.misfit(window, settings, x):
         raise ValueError(f"engine {name!r} does not fit: {reason}; take 'mask', or 'auto'")
     if kept is None:
         kept = selection.select(x, settings, reader)
@@ -111,7 +112,7 @@ def resolved(settings: DynamicSpec, kept: Kept, x: Any, kernel: Any, window: Geo
     name: str = settings.engine
     if name == "auto":
         name = autotune.lookup(signature(settings, x, kernel, window)) or "mask"
-        if name not in ENGINES or ENGINES[name].misfit(window, settings, x.dtype):
+        if name not in ENGINES or ENGINES[name].misfit(window, settings, x):
             name = "mask"  # another version measured, or what it was compiled with is no longer there
     if name not in ENGINES:
         raise ValueError(f"engine must be 'auto' or one of {', '.join(map(repr, ENGINES))}, got {name!r}")
@@ -130,7 +131,7 @@ def candidates(settings: DynamicSpec, x: Any, window: Geometry) -> list[str]:
         if engine.exact
         and (jax.default_backend() == "gpu" or not engine.gpu)
         and all(getattr(settings, axis, 0.0) for axis in engine.saves)
-        and not engine.misfit(window, settings, x.dtype)
+        and not engine.misfit(window, settings, x)
     ]
 
 
@@ -171,15 +172,31 @@ def _slabs(window, settings, x, kernel, kept):
     return engines.group_slabs(window, settings.group_size, x, kernel, kept.channels).y
 
 
-def _fused_misfit(window, settings, dtype):
-    return None if jnp.dtype(dtype).itemsize <= 4 else f"{jnp.dtype(dtype)}, where the kernel sums in float32"
+def _tile_slabs(window, settings, x, kernel, kept):
+    if jax.default_backend() != "gpu":
+        raise ValueError("engine 'tile_slabs' needs a GPU; elsewhere take 'output_tiles', or 'auto'")
+    size, _ = _flat(x)
+    form = lambda window, parts, kernel: engines.tile_slabs(window, parts, kernel).y
+    return engines.output_tiles(window, size, settings.tile, x, kernel, kept.outputs, form)
 
 
-def _slab_misfit(window, settings, dtype):
+def _fused_misfit(window, settings, x):
+    return None if jnp.dtype(x.dtype).itemsize <= 4 else f"{jnp.dtype(x.dtype)}, where the kernel sums in float32"
+
+
+def _slab_misfit(window, settings, x):
+    return _hopper_misfit() or engines.misfit(window, settings.group_size, x.dtype)
+
+
+def _tile_slab_misfit(window, settings, x):
+    return _hopper_misfit() or engines.tile_misfit(window, x.shape[-1], x.dtype)
+
+
+def _hopper_misfit():
     capability = getattr(jax.devices()[0], "compute_capability", "9.0")
     if not str(capability).startswith("9."):
         return f"a GPU of compute capability {capability}, where slabs need 9.0"
-    return engines.misfit(window, settings.group_size, dtype)
+    return None
 
 
 def _width_slices(window, settings, x, kernel, kept):
@@ -216,8 +233,8 @@ def _native_both(window, settings, x, kernel, kept):
     return engines.native_conv(window, x, kernel, _units(kept, settings), columns)
 
 
-def _native_misfit(window, settings, dtype):
-    return engines.native_misfit(dtype)
+def _native_misfit(window, settings, x):
+    return engines.native_misfit(x.dtype)
 
 
 def _output_columns(window, settings, x, kernel, kept):
@@ -248,6 +265,7 @@ ENGINES: dict[str, Engine] = {
     "native_channels_and_columns": Engine(("channels", "columns"), _native_both, misfit=_native_misfit),
     "output_columns": Engine(("outputs",), _output_columns),
     "output_tiles": Engine(("outputs",), _output_tiles),
+    "tile_slabs": Engine(("outputs",), _tile_slabs, gpu=True, misfit=_tile_slab_misfit),
 }
 """The engines by name."""
 

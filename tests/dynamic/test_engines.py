@@ -14,12 +14,12 @@ from jaxeff import dynamic
 from jaxeff.dynamic import ENGINES, DynamicSpec
 from jaxeff.ops import gathered_conv
 
-# "slabs" runs in half precision on a GPU: tests/dynamic/test_slabs.py. Widths are nothing that attention chooses.
+# Slabs run in half precision on a GPU: tests/dynamic/test_slabs.py. Widths are nothing that attention chooses.
 NATIVE = pytest.mark.skipif(bool(missing := gathered_conv.unavailable(np.float32)), reason=str(missing))
 EXACT = [
     pytest.param(name, marks=NATIVE if name.startswith("native") else ())
     for name, engine in ENGINES.items()
-    if engine.exact and name not in ("slabs", "width_slices")
+    if engine.exact and name not in ("slabs", "tile_slabs", "width_slices")
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from jaxeff import dynamic
 from jaxeff.dynamic import DynamicSpec
-from jaxeff.dynamic.engines import geometry, slabs
+from jaxeff.dynamic.engines import convolve, geometry, output_tiles, slabs
 
 INTERPRETER = "jax._src.pallas.mosaic_gpu.interpret"
 
@@ -87,6 +87,57 @@ def test_gradients_are_those_of_masking(watched):
     _, reference = jax.vjp(masked, *wide)
     for a, b in zip(pullback(g), reference(g.astype(jnp.float32)), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-6, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "channels", "features", "kernel", "dilation"),
+    [(3, (6, 6), 32, 40, (3, 3), 1), (9, (4, 7), 80, 16, (1, 3), 2)],
+)
+def test_small_maps_lie_side_by_side(watched, count, size, channels, features, kernel, dilation):
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(size=(count, *size, channels)), jnp.bfloat16)
+    k = jnp.asarray(rng.normal(size=(*kernel, channels, features)) / 10, jnp.bfloat16)
+    bias = jnp.asarray(rng.normal(size=features), jnp.float32)
+    window = geometry(x.shape, k.shape, (1, 1), "VALID", (dilation, dilation))
+    result = slabs.tile_slabs(window, x, k, bias, relu=True, tile=slabs.SlabTile(64, 64, 2), interpret=watched)
+    assert not importlib.import_module(f"{INTERPRETER}.gpu_callbacks").get_races().races_found
+    wide = (np.asarray(a, np.float64) for a in (x, k))
+    expected = np.maximum(convolved(*wide, ((0, 0), (0, 0)), dilation) + np.asarray(bias), 0)
+    np.testing.assert_allclose(np.asarray(result.y, np.float64), expected, rtol=2**-8, atol=1e-4)
+    np.testing.assert_allclose(result.channels, expected.mean((1, 2)), rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(result.columns, expected.mean(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_kept_tiles_are_convolved_by_slabs_as_by_masking(watched):
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(2, 8, 8, 16)), jnp.bfloat16)
+    k = jnp.asarray(rng.normal(size=(3, 3, 16, 8)) / 10, jnp.bfloat16)
+    window, tiles = geometry(x.shape, k.shape), jnp.array([[0, 3], [1, 2]], jnp.int32)
+    form = lambda *call: slabs.tile_slabs(*call, tile=slabs.SlabTile(64, 64, 2), interpret=watched).y
+    run = lambda form: jax.vjp(lambda x, k: output_tiles(window, (8, 8), 4, x, k, tiles, form), x, k)
+    (y, pullback), (expected, reference) = run(form), run(convolve)
+    np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (y, expected)), rtol=2**-7, atol=1e-3)
+    assert not np.asarray(y[0, :4, 4:], np.float32).any() and np.asarray(y[0, :4, :4], np.float32).any()
+    for ours, theirs in zip(pullback(y), reference(y), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_slabs_of_tiles_lower_for_cuda():
+    x, k = jnp.zeros((24, 10, 10, 128), jnp.bfloat16), jnp.zeros((3, 3, 128, 96), jnp.bfloat16)
+    run = jax.jit(lambda x, k: slabs.tile_slabs(geometry(x.shape, k.shape, padding="VALID"), x, k, relu=True))
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    assert "mosaic_gpu" in jax.export.export(run, platforms=["cuda"], disabled_checks=allowed)(x, k).mlir_module()
+
+
+def test_slabs_of_tiles_say_what_does_not_fit():
+    x, k = jnp.zeros((8, 6, 6, 24), jnp.bfloat16), jnp.zeros((3, 3, 24, 8), jnp.bfloat16)
+    with pytest.raises(ValueError, match="24 channels, where slabs need a multiple of 16; take engine 'output_tiles'"):
+        slabs.tile_slabs(geometry(x.shape, k.shape, padding="VALID"), x, k)
+    with pytest.raises(ValueError, match=r"padding must be 0, got \(\(1, 1\), \(1, 1\)\)"):
+        slabs.tile_slabs(geometry((8, 6, 6, 16), (3, 3, 16, 8)), x[..., :16], k[:, :, :16])
+    with pytest.raises(ValueError, match="engine 'tile_slabs' needs a GPU; elsewhere take 'output_tiles'"):
+        settings = DynamicSpec(outputs=0.5, tile=2, engine="tile_slabs")
+        dynamic.conv(x[..., :16], k[:, :, :16], settings)
 
 
 @pytest.mark.parametrize(("group_size", "sharded"), [(16, False), (64, False), (64, True)])

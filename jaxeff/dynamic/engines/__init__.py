@@ -12,7 +12,7 @@ from jaxeff.dynamic.engines.grouped import grouped_channels, width_slices
 from jaxeff.dynamic.engines.native import native_conv, native_misfit
 from jaxeff.dynamic.engines.outputs import output_columns, output_tiles
 from jaxeff.dynamic.engines.rows import of_groups
-from jaxeff.dynamic.engines.slabs import group_slabs, misfit
+from jaxeff.dynamic.engines.slabs import group_slabs, misfit, tile_misfit, tile_slabs
 
 __all__ = [
     "Fused",
@@ -33,5 +33,7 @@ __all__ = [
     "output_columns",
     "output_tiles",
     "shared_channels",
+    "tile_misfit",
+    "tile_slabs",
     "width_slices",
 ]

@@ -6,6 +6,7 @@ Everything else of the output is zero: y = M * conv(x), the form of DynConv (Ver
 Letters: N batch, P input and Q output positions, T kernel taps, K kept, C input and O output channels.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -58,9 +59,17 @@ def _outputs_backward(window, size, residuals, g):
 output_columns.defvjp(_outputs_forward, _outputs_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+Form = Callable[[Geometry, jax.Array, jax.Array], jax.Array]
+
+
 def output_tiles(
-    window: Geometry, size: Size, tile: int, x: jax.Array, kernel: jax.Array, tiles: jax.Array
+    window: Geometry,
+    size: Size,
+    tile: int,
+    x: jax.Array,
+    kernel: jax.Array,
+    tiles: jax.Array,
+    form: Form = convolve,
 ) -> jax.Array:
     """Convolution of the kept tiles of the output, each from its own part of the input; exact.
 
@@ -71,26 +80,33 @@ def output_tiles(
       x: [N, H, W, C].
       kernel: [kh, kw, C, O].
       tiles: int32 [N, K], numbered in row-major order, no two of a sample alike.
+      form: how the parts of the input, [N * K, h, w, C], are convolved: function (window without padding, parts,
+        kernel) -> [N * K, tile, tile, O].
 
     Returns:
       [N, H', W', O], zeros in the other tiles. Its backward pass costs the kept share, too.
     """
-    return _tiles_forward(window, size, tile, x, kernel, tiles)[0]
+    return _output_tiles(window, size, tile, form, x, kernel, tiles)
 
 
-def _tiles_forward(window, size, tile, x, kernel, tiles):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _output_tiles(window, size, tile, form, x, kernel, tiles):
+    return _tiles_forward(window, size, tile, form, x, kernel, tiles)[0]
+
+
+def _tiles_forward(window, size, tile, form, x, kernel, tiles):
     padded = jnp.pad(x, ((0, 0), *window.padding, (0, 0)))
     grid = _grid(window, size, tile, kernel.shape)
     shape = (1, *_reach(window, tile, kernel.shape), x.shape[-1])
     corners = _corners(window, tile, grid, tiles)
     parts = jax.vmap(lambda corner: lax.dynamic_slice(padded, (*corner, 0), shape)[0])(corners)
-    y = convolve(_inside(window), parts, kernel).reshape(*tiles.shape, tile, tile, -1)
+    y = form(_inside(window), parts, kernel).reshape(*tiles.shape, tile, tile, -1)
     whole = rows.put_each(y, tiles, 1, grid[0] * grid[1]).reshape(len(x), *grid, tile, tile, -1)
     whole = whole.swapaxes(2, 3).reshape(len(x), grid[0] * tile, grid[1] * tile, -1)
     return whole, (parts, kernel, tiles)
 
 
-def _tiles_backward(window, size, tile, residuals, g):
+def _tiles_backward(window, size, tile, form, residuals, g):
     parts, kernel, tiles = residuals
     grid = _grid(window, size, tile, kernel.shape)
     by_tile = g.reshape(len(g), grid[0], tile, grid[1], tile, -1).swapaxes(2, 3)
@@ -111,7 +127,7 @@ def _tiles_backward(window, size, tile, residuals, g):
     return dx[:, top : top + size[0], left : left + size[1]], dk, rows.no_gradient(tiles)
 
 
-output_tiles.defvjp(_tiles_forward, _tiles_backward)
+_output_tiles.defvjp(_tiles_forward, _tiles_backward)
 
 
 def _grid(window: Geometry, size: Size, tile: int, kernel_shape) -> Size:

@@ -1,4 +1,4 @@
-"""The gated convolution of channel groups as one kernel for Hopper GPUs: slabs by TMA, products by WGMMA.
+"""The gated convolution of channel groups, or of tiles, as one kernel for Hopper GPUs: slabs by TMA, products by WGMMA.
 
 Groups of neighbouring channels are slabs that the copy engine moves whole: of the map [positions, group], of the kernel
 [group, features]. A program takes a tile of positions and of output channels of one sample and walks over the taps of
@@ -105,9 +105,13 @@ def _slabs(window, size, relu, tile, interpret, x, kernel, bias, groups):
 
 
 def _forward(window, size, relu, tile, interpret, x, kernel, bias, groups) -> Fused:
-    count, features = len(x), kernel.shape[-1]
     grid = _Grid.of(window, x.shape, kernel.shape)
     flat = _in_eights(grid, window, x, tile.m)
+    return _computed(grid, flat, kernel, bias, groups, size=size, relu=relu, tile=tile, interpret=interpret)
+
+
+def _computed(grid: "_Grid", flat, kernel, bias, groups, *, size, relu, tile: SlabTile, interpret) -> Fused:
+    count, features = len(groups), kernel.shape[-1]
     wide = -(-features // tile.n) * tile.n
     weights = jnp.pad(kernel.reshape(-1, features), ((0, 0), (0, wide - features)))
     tiles = -(-grid.positions // tile.m)
@@ -123,6 +127,90 @@ def _forward(window, size, relu, tile, interpret, x, kernel, bias, groups) -> Fu
         by_channel.reshape(count, tiles, wide).sum(1)[:, :features] / places,
         _in_rows(grid, by_column.sum(0).reshape(count, -1, 1))[..., 0] / features,
     )
+
+
+def tile_slabs(
+    window: Geometry,
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    relu: bool = False,
+    tile: SlabTile = SLAB_TILE,
+    interpret: Any = False,
+) -> Fused:
+    """Convolution of many small maps, such as the kept tiles of larger ones with what they read around them.
+
+    Eight maps lie side by side, so that what the taps move by is eight positions again, and nothing is read in vain but
+    the reach of the taps.
+
+    Args:
+      window: geometry of the convolution, without strides and padding.
+      x: [B, h, w, C], bfloat16 or float16, C a multiple of 16.
+      kernel: [kh, kw, C, O], same dtype.
+      bias: [O], or None.
+      relu: whether a ReLU follows.
+      tile: sizes of a tile of the product.
+      interpret: as for `group_slabs`.
+
+    Returns:
+      The output [B, h', w', O] and its attention. Gradients pass through y alone.
+
+    Raises:
+      ValueError: if the convolution has strides, padding, another dtype, or channels that do not fit.
+    """
+    if reason := tile_misfit(window, x.shape[-1], x.dtype):
+        raise ValueError(f"the convolution has {reason}; take engine 'output_tiles' or 'mask'")
+    if window.padding != ((0, 0), (0, 0)):
+        raise ValueError(f"maps have what they read around them, so padding must be 0, got {window.padding}")
+    bias = jnp.zeros(kernel.shape[-1], jnp.float32) if bias is None else bias
+    bias = compat.vary(bias, compat.varying_axes(x))
+    return _tile_slabs(window, relu, tile, interpret, x, kernel, bias)
+
+
+def tile_misfit(window: Geometry, channels: int, dtype: jax.typing.DTypeLike) -> str | None:
+    """Why `tile_slabs` cannot compute a convolution; None where it can."""
+    if channels % 16:
+        return f"{channels} channels, where slabs need a multiple of 16"
+    return misfit(window, _slab_of(channels), dtype)
+
+
+def _slab_of(channels: int) -> int:
+    return math.gcd(channels, 64)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _tile_slabs(window, relu, tile, interpret, x, kernel, bias):
+    count, (high, wide), reach = len(x), x.shape[1:3], (kernel.shape[1] - 1) * window.dilation[1]
+    size, teams = _slab_of(x.shape[-1]), -(-len(x) // EIGHT)
+    grid = _Grid.of(window, (1, high, EIGHT * (wide - reach) + reach), kernel.shape)
+    teamed = jnp.pad(x, ((0, teams * EIGHT - count), (0, 0), (0, 0), (0, 0)))
+    flat = jnp.moveaxis(teamed.reshape(teams, EIGHT, *x.shape[1:]), 1, 3).reshape(-1, x.shape[-1])
+    flat = jnp.pad(flat, ((0, tile.m + EIGHT * reach), (0, 0)))
+    slabs = jnp.broadcast_to(jnp.arange(x.shape[-1] // size, dtype=jnp.int32), (teams, x.shape[-1] // size))
+    slabs = compat.vary(slabs, compat.varying_axes(x))
+    found = _computed(grid, flat, kernel, bias, slabs, size=size, relu=relu, tile=tile, interpret=interpret)
+
+    def apart(rows):
+        each = rows.reshape(teams, grid.out[0], EIGHT, grid.run, *rows.shape[3:])
+        return jnp.moveaxis(each, 2, 1).reshape(teams * EIGHT, grid.out[0], grid.run, *rows.shape[3:])[:count]
+
+    y = apart(found.y)
+    # The kernel adds up the channels of eight maps together.
+    return Fused(y, y.astype(jnp.float32).mean((1, 2)), apart(found.columns))
+
+
+def _tile_fwd(window, relu, tile, interpret, x, kernel, bias):
+    result = _tile_slabs(window, relu, tile, interpret, x, kernel, bias)
+    return result, (x, kernel, bias, result.y if relu else None)
+
+
+def _tile_bwd(window, relu, tile, interpret, residuals, cotangents):
+    x, kernel, bias, y = residuals
+    return masked_gradients(window, x, kernel, bias, jnp.ones(x.shape[::3], bool), y, cotangents.y)
+
+
+_tile_slabs.defvjp(_tile_fwd, _tile_bwd)
 
 
 class _Grid(NamedTuple):
