@@ -214,9 +214,10 @@ def method(
 def tune(module: models.Network, asked: Mapping[str, Any], config: Mapping[str, Any], steps: int) -> None:
     """Finds the engines that a network trains with once its ratios stand, where it then trains for long enough.
 
-    What is known is not measured again: a run that goes on takes the engines that it began with.
+    What is known is not measured again: a run that goes on takes the engines that it began with. On several hosts
+    nothing is measured, as each might find another engine, and all must run one program.
     """
-    if asked["rule"] != "ascent" or asked["engine"] != "auto":
+    if asked["rule"] != "ascent" or asked["engine"] != "auto" or jax.process_count() > 1:
         return
     if steps - _pace(asked, ratios(module), steps)[1] < WORTH_TUNING:
         return

@@ -95,7 +95,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
             if parallel.is_first():
                 print(f"{name}, seed {seed}: {length} steps of {batch} on {len(train)} images of {config['dataset']}")
             if asked is not None:
-                parallel.on_first(lambda found=(modules[name], asked, config, length): pruning.tune(*found))
+                pruning.tune(modules[name], asked, config, length)
             chosen = {pruning.CHOSEN: tables[name]} if name in tables else {}
             result = training.fit(
                 method,
