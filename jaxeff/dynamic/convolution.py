@@ -106,12 +106,16 @@ def conv(
 def resolved(settings: DynamicSpec, kept: Kept, x: Any, kernel: Any, window: Geometry) -> str:
     """Name of the engine that runs: `settings.engine`, or for "auto" what `jaxeff.dynamic.tune` found, else "mask".
 
+    On several hosts "auto" is "mask": name an engine there.
+
     Raises:
       ValueError: for an unknown engine, or one that has nothing to save here.
     """
     name: str = settings.engine
     if name == "auto":
-        name = autotune.lookup(signature(settings, x, kernel, window)) or "mask"
+        # Each of several hosts has a table of its own, and all must run one program.
+        alone = jax.process_count() == 1
+        name = (alone and autotune.lookup(signature(settings, x, kernel, window))) or "mask"
         if name not in ENGINES or ENGINES[name].misfit(window, settings, x):
             name = "mask"  # another version measured, or what it was compiled with is no longer there
     if name not in ENGINES:

@@ -154,3 +154,12 @@ def test_real_measurements_are_positive():
 def test_a_network_without_gates_has_no_report():
     with pytest.raises(ValueError, match=r"no gated convolutions; jaxeff\.dynamic\.gate or Gated puts gates into it"):
         dynamic.speed_report(models.Network(PLAN), X)
+
+
+def test_auto_masks_on_several_hosts_as_their_tables_may_differ(monkeypatch):
+    settings, x, k = DynamicSpec(channels=0.5), jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 8))
+    window, kept = engines.geometry(x.shape, k.shape), dynamic.Kept(channels=jnp.zeros((2, 2), int))
+    autotune.remember({convolution.signature(settings, x, k, window): "channels"})
+    assert convolution.resolved(settings, kept, x, k, window) == "channels"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert convolution.resolved(settings, kept, x, k, window) == "mask"
