@@ -170,6 +170,22 @@ def _fused(window, settings, x, kernel, kept):
     return engines.fused_channels(window, x, kernel, _units(kept, settings)).y
 
 
+def _fused_columns(window, settings, x, kernel, kept):
+    columns = selection.positions_of(kept.columns, settings.tile, (x.shape[1], x.shape[2]))
+    return engines.fused_columns(window, x, kernel, engines.Columns(columns)).y
+
+
+def _fused_both(window, settings, x, kernel, kept):
+    columns = selection.positions_of(kept.columns, settings.tile, (x.shape[1], x.shape[2]))
+    return engines.fused_columns(window, x, kernel, engines.Columns(columns, _units(kept, settings))).y
+
+
+def _fused_outputs(window, settings, x, kernel, kept):
+    out = engines.out_size(window, (x.shape[1], x.shape[2]), kernel.shape[:2])
+    outputs = selection.positions_of(kept.outputs, settings.tile, out)
+    return engines.fused_columns(window, x, kernel, engines.Columns(outputs=outputs)).y
+
+
 def _slabs(window, settings, x, kernel, kept):
     if jax.default_backend() != "gpu":
         raise ValueError("engine 'slabs' needs a GPU; elsewhere take 'grouped', or 'auto'")
@@ -259,6 +275,9 @@ ENGINES: dict[str, Engine] = {
     "shared_channels": Engine(("channels",), _shared, exact=False),
     "grouped": Engine(("channels",), _grouped),
     "fused": Engine(("channels",), _fused, gpu=True, misfit=_fused_misfit),
+    "fused_columns": Engine(("columns",), _fused_columns, gpu=True, misfit=_fused_misfit),
+    "fused_channels_and_columns": Engine(("channels", "columns"), _fused_both, gpu=True, misfit=_fused_misfit),
+    "fused_outputs": Engine(("outputs",), _fused_outputs, gpu=True, misfit=_fused_misfit),
     "slabs": Engine(("channels",), _slabs, gpu=True, misfit=_slab_misfit),
     "width_slices": Engine(("widths",), _width_slices),
     "columns": Engine(("columns",), _columns),

@@ -25,6 +25,7 @@ import optax
 
 from jaxeff import costs, dynamic, models, training
 from jaxeff.dynamic import DynamicSpec, engines
+from jaxeff.dynamic.accounting import density
 from jaxeff.dynamic.convolution import candidates
 from jaxeff.ops import autotune, conv_impl, gathered_conv
 from launch.bench import results, suite
@@ -288,20 +289,32 @@ def compilations(pairs: int) -> Iterator[dict[str, Any]]:
     )  # fmt: skip
 
 
-def gpu_engines(pairs: int) -> Iterator[dict[str, Any]]:
+GPU_DROPS = {
+    "grouped": DynamicSpec(channels=0.5, group_size=64),
+    "single": DynamicSpec(channels=0.5),
+    "columns": DynamicSpec(columns=0.5),
+    "outputs": DynamicSpec(outputs=0.5, tile=8),
+    "both": DynamicSpec(channels=0.5, columns=0.5, group_size=64),
+    "both_single": DynamicSpec(channels=0.5, columns=0.5),
+}
+"""What is dropped of a layer on a GPU."""
+
+
+def gpu_engines(pairs: int, batches: tuple[int, ...] = (64, 256), size: int = 56) -> Iterator[dict[str, Any]]:
     """How many times faster than dense in bf16 a 3x3 convolution of 56x56x256 maps is, half of it dropped.
 
-    Half of the channels, of the output tiles, or of channels and columns both. Kernels that do not compile on the
-    device are left out, by name.
+    Half of the channels (in groups or one by one), columns, output tiles, or of channels and columns both. Kernels that
+    do not compile on the device are left out, by name.
     """
-    for batch in (64, 256):
-        x, kernel = (a.astype(jnp.bfloat16) for a in layer(batch, 56, 256, 256))
-        drops = DynamicSpec(channels=0.5, group_size=64)
-        names = candidates(drops, x, engines.geometry(x.shape, kernel.shape))
-        settings = {name: dataclasses.replace(drops, engine=name) for name in names if name != "mask"}
-        settings["fused_single"] = DynamicSpec(channels=0.5, engine="fused")
-        settings["tile_slabs"] = DynamicSpec(outputs=0.5, tile=8, engine="tile_slabs")
-        settings["both"] = DynamicSpec(channels=0.5, columns=0.5, group_size=64, engine="channels_and_columns")
+    for batch in batches:
+        x, kernel = (a.astype(jnp.bfloat16) for a in layer(batch, size, 256, 256))
+        window = engines.geometry(x.shape, kernel.shape)
+        settings = {
+            f"{name}.{engine}": dataclasses.replace(drops, engine=engine)
+            for name, drops in GPU_DROPS.items()
+            for engine in candidates(drops, x, window)
+            if engine != "mask"
+        }
         for name, chosen in list(settings.items()):
             try:
                 compiled(partial(dynamic.conv, settings=chosen), x, kernel)
@@ -309,11 +322,58 @@ def gpu_engines(pairs: int) -> Iterator[dict[str, Any]]:
                 print(f"skipped gpu_engines.batch{batch}.{name}: {error}", file=sys.stderr)
                 del settings[name]
         times, dense = beside_dense(pairs, settings, x, kernel)
-        best = times.fastest(*(name for name in settings if name != "both"))
+        best = {}
+        for name in GPU_DROPS:
+            if own := [key for key in settings if key.startswith(f"{name}.")]:
+                best[name] = times.fastest(*own)
         for name in settings:
             yield results.time_ratio(
                 f"gpu_engines.batch{batch}.{name}", times, dense, name, against=f"dense ({dense})", better="higher",
-                target=1.5 if name == best else None,
+                target=1.5 if name == best.get("grouped") else None,
+            )  # fmt: skip
+        for name, engine in best.items():
+            counted = 1 / density(GPU_DROPS[name], x.shape[1:], x.shape[1:])
+            yield results.case(
+                f"gpu_engines.batch{batch}.{name}.efficiency", "real / counted speed-up",
+                times.ratio(dense, engine).value / counted, better="higher", target=0.7 if name == "both" else None,
+                against=f"dense ({dense}); {engine.split('.')[1]}; counted {counted:.2f}",
+            )  # fmt: skip
+
+
+def gpu_vgg16(pairs: int, size: int = 224, batches: tuple[int, ...] = (64, 256)) -> Iterator[dict[str, Any]]:
+    """How many times faster than dense in bf16 the whole of VGG-16 on 224x224 images is, half of both dropped.
+
+    Channels in eighths, and columns, with the engines that are fastest on the device.
+    """
+    architecture = models.vgg("D", num_classes=1000, input_shape=(size, size, 3))
+    plain = models.Network(architecture, dtype=jnp.bfloat16)
+    variables = jax.jit(plain.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    report = costs.analyze(plain.apply, variables, jnp.zeros((1, size, size, 3)), residuals=False)
+    for batch in batches:
+        images = jax.random.normal(jax.random.key(1), (batch, size, size, 3))
+        run = {}
+        for impl in ("auto", "lax"):
+            with conv_impl(impl):
+                run[impl] = compiled(lambda *args: plain.apply(*args), variables, images)
+        forms, counted = list(run), {}
+        for name, columns in (("channels", 0.0), ("both", 0.5)):
+            drops = [DynamicSpec(channels=0.5, columns=columns, group_size=g) for g in GROUPS["eighths"]]
+            network = plain.clone(architecture=dynamic.gate(architecture, drops), gate=dynamic.gate_layer)
+            with own_table():
+                dynamic.tune(network, images)
+                run[name] = compiled(network.apply, variables, images)
+            counted[name] = 1 / (1 - dynamic.counted_macs(network.architecture, report)["total"].reduction)
+        times = contest(run, pairs=pairs, seconds=TURN)
+        dense = times.fastest(*forms)
+        for name, ideal in counted.items():
+            against = f"dense ({dense}); counted {ideal:.2f}"
+            yield results.time_ratio(
+                f"gpu_vgg16.batch{batch}.{name}", times, dense, name, better="higher", against=against
+            )
+            yield results.case(
+                f"gpu_vgg16.batch{batch}.{name}.efficiency", "real / counted speed-up",
+                times.ratio(dense, name).value / ideal, better="higher", target=0.7 if name == "both" else None,
+                against=against,
             )  # fmt: skip
 
 
@@ -324,8 +384,9 @@ CASES = {
     "train_step": train_step,
     "compilations": compilations,
     "gpu_engines": gpu_engines,
+    "gpu_vgg16": gpu_vgg16,
 }
-GPU = ("gpu_engines",)
+GPU = ("gpu_engines", "gpu_vgg16")
 
 
 if __name__ == "__main__":

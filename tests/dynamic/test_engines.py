@@ -299,13 +299,23 @@ def test_engines_on_shards_of_a_batch(name):
     mesh, rows, whole = jax.sharding.Mesh(jax.devices()[:1], ("batch",)), jax.P("batch"), jax.P()
 
     def run(x, k):
-        checked = name != "fused"  # the interpreter of kernels cannot: tests/dynamic/test_fused.py
+        checked = not name.startswith("fused")  # the interpreter of kernels cannot: tests/dynamic/test_fused.py
         specs = {"in_specs": (rows, whole), "out_specs": rows, "check_vma": checked}
         y, pullback = jax.vjp(jax.shard_map(lambda *a: dynamic.conv(*a, spec), mesh=mesh, **specs), x, k)
         return y, *pullback(y)
 
     for ours, expected in zip(jax.jit(run)(x, k), gated(x, k, spec), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", having(lambda name: name.startswith("fused")))
+def test_interpreted_kernels_say_why_they_do_not_run_in_a_checked_shard_map(name):
+    x, k = sample(13, 2, (4, 4), 4, 3, 3)
+    spec = DynamicSpec(**dropped_by(name, 0.5), engine=name)
+    mesh, rows = jax.sharding.Mesh(jax.devices()[:1], ("batch",)), jax.P("batch")
+    run = jax.shard_map(lambda *a: dynamic.conv(*a, spec), mesh=mesh, in_specs=(rows, jax.P()), out_specs=rows)
+    with pytest.raises(ValueError, match="the fused kernels need a GPU inside shard_map"):
+        jax.eval_shape(run, x, k)
 
 
 @pytest.mark.parametrize("name", having(lambda name: not name.startswith("native")))

@@ -14,16 +14,34 @@ from jaxeff.dynamic.convolution import candidates
 pytestmark = pytest.mark.gpu
 
 
+DROPS = {
+    "channels": {"channels": 0.5},
+    "groups": {"channels": 0.5, "group_size": 16},
+    "columns": {"columns": 0.5},
+    "both": {"channels": 0.5, "columns": 0.5},
+    "outputs": {"outputs": 0.5, "tile": 7},
+}
+KERNELS = {
+    "channels": {"fused"},
+    "groups": {"fused"},
+    "columns": {"fused_columns"},
+    "both": {"fused", "fused_columns", "fused_channels_and_columns"},
+    "outputs": {"fused_outputs"},
+}
+SLABS = {"groups": {"slabs"}, "outputs": {"tile_slabs"}}
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("group_size", [1, 16])
+@pytest.mark.parametrize("dropped", DROPS)
 @pytest.mark.parametrize("strides", [1, 2])
-def test_engines_equal_masking(dtype, group_size, strides):
+def test_engines_equal_masking(dtype, dropped, strides):
     x = jnp.maximum(jax.random.normal(jax.random.key(0), (4, 28, 28, 128), dtype), 0)
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 128, 96), dtype) / 24
-    drops = DynamicSpec(channels=0.5, group_size=group_size)
+    drops = DynamicSpec(**DROPS[dropped])
     window = engines.geometry(x.shape, kernel.shape, (strides, strides))
     names = candidates(drops, x, window)
-    assert "fused" in names and ("slabs" in names) == (dtype == jnp.bfloat16 and group_size == 16 and strides == 1)
+    kernels = KERNELS[dropped] | (SLABS.get(dropped, set()) if dtype == jnp.bfloat16 and strides == 1 else set())
+    assert {name for name in names if dynamic.ENGINES[name].gpu} == kernels
 
     def run(engine):
         settings = dataclasses.replace(drops, engine=engine)

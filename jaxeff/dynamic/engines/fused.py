@@ -79,11 +79,13 @@ def fused_channels(
 
     Returns:
       The output and its attention. Gradients pass through y alone.
+
+    Raises:
+      ValueError: inside `shard_map` without a GPU, see `interpreted`.
     """
     bias = jnp.zeros(kernel.shape[-1], jnp.float32) if bias is None else bias
     bias = compat.vary(bias, compat.varying_axes(x))
-    interpret = jax.default_backend() != "gpu" if interpret is None else interpret
-    return _fused(window, relu, tile, interpret, x, kernel, bias, channels)
+    return _fused(window, relu, tile, interpreted(interpret, x), x, kernel, bias, channels)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -173,11 +175,26 @@ def _fwd(window, relu, tile, interpret, x, kernel, bias, channels):
 
 def _bwd(window, relu, tile, interpret, residuals, cotangents):
     x, kernel, bias, channels, y = residuals
-    mask = mask_of(channels, x.shape[-1])
+    mask = mask_of(channels, x.shape[-1])[:, None, None]
     return *masked_gradients(window, x, kernel, bias, mask, y, cotangents.y), rows.no_gradient(channels)
 
 
 _fused.defvjp(_fwd, _bwd)
+
+
+def interpreted(asked: bool | None, x: jax.Array) -> bool:
+    """Whether a kernel on the Triton backend runs interpreted: as asked, or where there is no GPU.
+
+    Raises:
+      ValueError: inside a `shard_map` that checks which values differ between devices, as the interpreter does not
+        know it.
+    """
+    found = jax.default_backend() != "gpu" if asked is None else asked
+    if found and compat.varying_axes(x):
+        raise ValueError(
+            "the fused kernels need a GPU inside shard_map; take another engine, or pass check_vma=False to shard_map"
+        )
+    return found
 
 
 def masked_gradients(
@@ -193,13 +210,12 @@ def masked_gradients(
 
     Args:
       window, x, kernel, bias: as for `fused_channels`.
-      mask: bool [N, C], what is kept.
+      mask: bool, what is kept; of a shape that x broadcasts.
       y: the output where a ReLU made it, else None.
       g: gradient of the output.
     """
     if y is not None:
         g = jnp.where(y > 0, g, 0)
-    there = mask[:, None, None]
-    _, pullback = jax.vjp(partial(convolve, window), jnp.where(there, x, 0), kernel)
+    _, pullback = jax.vjp(partial(convolve, window), jnp.where(mask, x, 0), kernel)
     dx, dk = pullback(g)
-    return jnp.where(there, dx, 0), dk, g.astype(jnp.float32).sum((0, 1, 2)).astype(bias.dtype)
+    return jnp.where(mask, dx, 0), dk, g.astype(jnp.float32).sum((0, 1, 2)).astype(bias.dtype)

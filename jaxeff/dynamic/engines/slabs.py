@@ -207,7 +207,7 @@ def _tile_fwd(window, relu, tile, interpret, x, kernel, bias):
 
 def _tile_bwd(window, relu, tile, interpret, residuals, cotangents):
     x, kernel, bias, y = residuals
-    return masked_gradients(window, x, kernel, bias, jnp.ones(x.shape[::3], bool), y, cotangents.y)
+    return masked_gradients(window, x, kernel, bias, jnp.array(True), y, cotangents.y)
 
 
 _tile_slabs.defvjp(_tile_fwd, _tile_bwd)
@@ -383,7 +383,7 @@ def _fwd(window, size, relu, tile, interpret, x, kernel, bias, groups):
 
 def _bwd(window, size, relu, tile, interpret, residuals, cotangents):
     x, kernel, bias, groups, y = residuals
-    mask = jnp.repeat(mask_of(groups, x.shape[-1] // size), size, axis=1)
+    mask = jnp.repeat(mask_of(groups, x.shape[-1] // size), size, axis=1)[:, None, None]
     return *masked_gradients(window, x, kernel, bias, mask, y, cotangents.y), rows.no_gradient(groups)
 
 
