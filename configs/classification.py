@@ -80,7 +80,7 @@ def network(
     section.branch_norm = config_dict.placeholder(str)
     section.branch_norm = branch_norm
     section.select = config_dict.placeholder(str)
-    section.gates = config_dict.placeholder(ConfigDict)
+    section.gates, section.learned = (config_dict.placeholder(ConfigDict) for _ in range(2))
     return section
 
 
@@ -118,6 +118,15 @@ def gates(
     section.update({"channels": channels, "columns": columns, "group_size": 1, "tile": 1})
     section.update({"source": source, "macs": macs, "seconds": seconds, **settings})
     return section
+
+
+def learned(method: str, **settings: Any) -> ConfigDict:
+    """What `network(...).learned` is set to: convolutions with gates that learn, in the place of all that are dense.
+
+    `method` is "boosted" (feature boosting, FBS) or "channel_gated"; `settings` are the attributes of
+    `jaxeff.dynamic.BoostedConv` or `ChannelGatedConv` that an architecture does not say.
+    """
+    return ConfigDict({"method": method, **settings})
 
 
 def sgd(rate: float, *, warmup: int = 0, weight_decay: float = 5e-4, end: float = 0.0) -> ConfigDict:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from configs.classification import base
+from configs.classification import network as base_network
 from jaxeff import costs, data, models, quadratic, spec, training
 from jaxeff.quadratic import backward
 
@@ -23,7 +24,8 @@ def network(section: Mapping[str, Any], dataset: data.Dataset, dtype: str = "flo
 
     Args:
       section: {"model": name, "options": {...}, "kind": name, "branch_norm": name or None, "select": glob or None,
-        "save": memory policy, "initialization": "kaiming" or "relinear"}; "gates" is for `launch.pruning`.
+        "save": memory policy, "initialization": "kaiming" or "relinear"}; "gates" and "learned" are for
+        `launch.pruning`.
       dataset: gives the input shape and the number of classes.
       dtype: "float32" or "bfloat16", what the network computes in; parameters are float32.
 
@@ -33,10 +35,10 @@ def network(section: Mapping[str, Any], dataset: data.Dataset, dtype: str = "flo
     Raises:
       ValueError: for an unknown field, model, kind or dtype, listing the valid ones.
     """
-    known = ("model", "options", "kind", "branch_norm", "select", "save", "initialization", "gates")
-    check_fields("network", section, known)
-    if section.get("gates") is not None:
-        raise ValueError("gates: only launch.train prunes; leave them out here")
+    check_fields("network", section, tuple(base_network("cnn")))
+    for name in ("gates", "learned"):
+        if section.get(name) is not None:
+            raise ValueError(f"{name}: only launch.train prunes; leave it out here")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     quadratic.get(section.get("kind", "first_order"))
@@ -63,15 +65,18 @@ def method(
     dataset: data.Dataset,
     steps: int,
     functions: training.ModelFunctions | None = None,
+    penalty: Callable[[Any, Any], jax.Array] | None = None,
 ) -> training.Method:
     """Builds the classification method of a config: optimiser, restraint, label smoothing, average, augmentation.
 
-    `functions` are those of the module where something else than its own are trained.
+    `functions` are those of the module where something else than its own are trained; `penalty` (params, model_state)
+    is added to the loss.
     """
     return training.classification(
         *(functions or training.from_linen(module)),
         optimizer(module, config, steps),
         num_classes=dataset.info.num_classes,
+        penalty=penalty,
         label_smoothing=config["label_smoothing"],
         ema_decay=config["ema_decay"],
         augment=augmentation(config["augment"]),

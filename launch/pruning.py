@@ -1,8 +1,9 @@
 """Networks with gates in the training job: their ratios, how they learn, and their form in use."""
 
+import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,11 @@ CHOSEN = "ratios"
 """Name of the chosen ratios in the config of a run's folder."""
 # Steps from which on measuring engines, for seconds a layer, takes less time than they save.
 WORTH_TUNING = 200
+# Gates that learn: convolution factories, and what a config can say of them.
+LEARNED = {
+    "boosted": (dynamic.boosted_conv, ("channels", "group_size", "penalty", "gathered")),
+    "channel_gated": (dynamic.channel_gated_conv, ("base", "target", "penalty", "slope")),
+}
 BY_BLOCK = ("channels", "columns", "group_size", "tile")
 
 
@@ -28,11 +34,16 @@ def network(section: Mapping[str, Any], dataset: data.Dataset, dtype: str = "flo
     """The network of a section of a config, with its gates if it has any; without ratios yet to be chosen.
 
     Raises:
-      ValueError: as `launch.classifier.network`; for unknown fields, rules, or numbers that are not those of the
-        blocks.
+      ValueError: as `launch.classifier.network`; for unknown fields, rules or methods, gates that learn in a network of
+        another kind, or numbers that are not those of the blocks.
     """
-    asked = section.get("gates")
-    module = classifier.network({name: value for name, value in section.items() if name != "gates"}, dataset, dtype)
+    asked, learned = section.get("gates"), section.get("learned")
+    own = {name: value for name, value in section.items() if name not in ("gates", "learned")}
+    module = classifier.network(own, dataset, dtype)
+    if learned is not None:
+        module = module.clone(conv=_learned(learned, own))
+        inputs = jax.ShapeDtypeStruct((1, *module.architecture.input_shape), np.float32)
+        jax.eval_shape(module.init, jax.random.key(0), inputs)
     if asked is None:
         return module
     check(asked)
@@ -201,13 +212,13 @@ def method(
       ValueError: if the ratios need more steps to climb than there are, or the norms more images than there are.
     """
     if asked is None:
-        return classifier.method(module, config, dataset, steps)
+        return classifier.method(module, config, dataset, steps, penalty=_gate_losses)
     if asked["calibrate"] * config["batch_size"] > len(dataset):
         raise ValueError(
             f"gates: calibrate={asked['calibrate']} batches of {config['batch_size']}, but there are {len(dataset)} "
             "images; renew the norms with fewer"
         )
-    found = classifier.method(module, config, dataset, steps, _functions(module, asked, steps))
+    found = classifier.method(module, config, dataset, steps, _functions(module, asked, steps), _gate_losses)
     return found if source is None else classifier.starting_from(weights(source), found)
 
 
@@ -260,36 +271,80 @@ def finished(
     return result._replace(state=state, evaluation=sums.means())
 
 
-def deployed(module: models.Network, report: costs.CostReport, batch: int, path: pathlib.Path) -> dict[str, Any]:
-    """Chooses the engine of every layer by measuring, and draws what that saves.
+def deployed(
+    module: models.Network,
+    state: training.TrainState,
+    test: data.Dataset,
+    preprocess: Callable[[Any], jax.Array],
+    report: costs.CostReport,
+    batch: int,
+    path: pathlib.Path,
+) -> dict[str, Any]:
+    """Chooses the engine of every gated layer by measuring, and draws what that saves.
 
     Args:
-      module: the gated network.
+      module: a network with gates, some that learn, or both.
+      state: with its weights.
+      test: images on which gates that learn open what they do.
+      preprocess: standardises them.
       report: costs of the network without gates.
       batch: images of one call.
       path: of the figure.
 
     Returns:
-      What the network counts and what it really saves, for summary.json.
+      What the network counts and, where it has gates on what its layers read, what it really saves, for summary.json.
     """
-    images = jax.ShapeDtypeStruct((batch, *module.architecture.input_shape), np.float32)
-    dynamic.tune(module, images)
-    measured = dynamic.speed_report(module, images)
+    opened = _opened(module, weights(state), test, preprocess)
+    total = dynamic.counted_macs(module.architecture, report, conv=module.conv, opened=opened)["total"]
+    found = {"dense_macs": total.dense, "macs": total.counted, "attention_additions": total.attention}
+    if opened:
+        found["open"] = opened
+    if module.gate is None:
+        return found
+    inputs = jax.ShapeDtypeStruct((batch, *module.architecture.input_shape), np.float32)
+    dynamic.tune(module, inputs)
+    measured = dynamic.speed_report(module, inputs)
     figures.draw_speed(measured, path)
-    total = dynamic.counted_macs(module.architecture, report)["total"]
     layers = [
         {"layer": row.path.removesuffix("/layer"), "engine": row.engine, "counted": row.counted, "real": row.real}
         for row in measured.rows
     ]
     return {
         "ratios": ratios(module).tolist(),
-        "dense_macs": total.dense,
-        "macs": total.counted,
-        "attention_additions": total.attention,
+        **found,
         "efficiency": measured.efficiency,
         "layers": layers,
         "table": str(measured),
     }
+
+
+def _learned(asked: Mapping[str, Any], section: Mapping[str, Any]) -> Callable[..., Any]:
+    """The convolution factory of gates that learn."""
+    if asked.get("method") not in LEARNED:
+        valid = ", ".join(map(repr, LEARNED))
+        raise ValueError(f"learned: method must be one of {valid}, got {asked.get('method')!r}")
+    plain = {"kind": "first_order", "save": "all", "initialization": "kaiming"}
+    if other := {name: section[name] for name, value in plain.items() if section.get(name, value) != value}:
+        raise ValueError(f"learned: gates that learn are of first-order layers with their own backward, got {other}")
+    make, valid = LEARNED[asked["method"]]
+    classifier.check_fields(f"learned, method {asked['method']!r}", asked, ("method", *valid))
+    return make(**{name: value for name, value in asked.items() if name != "method"})
+
+
+def _gate_losses(params: Any, model_state: Mapping[str, Any]) -> jax.Array:
+    return dynamic.gate_losses(model_state)
+
+
+def _opened(module, variables, test, preprocess) -> dict[str, float]:
+    """Share of outputs that channel gating leaves open, by layer: the mean over images; empty without such gates."""
+    if "gate_density" not in variables:
+        return {}
+    apply = jax.jit(functools.partial(module.apply, mutable=["gate_density"]))
+    images = test.arrays["image"]
+    parts = [images[start : start + 256] for start in range(0, len(images), 256)]
+    found = [dynamic.gate_densities(apply(variables, preprocess(part))[1]) for part in parts]
+    sizes = [len(part) for part in parts]
+    return {name: float(np.average([by_layer[name] for by_layer in found], weights=sizes)) for name in found[0]}
 
 
 def _functions(module: models.Network, asked: Mapping[str, Any], steps: int) -> training.ModelFunctions:

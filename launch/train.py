@@ -7,6 +7,7 @@ metrics.jsonl and checkpoints/. Started again with the same work directory it go
 
 Networks with gates are dynamically pruned: they learn under rising ratios, which are given or chosen by sensitivity,
 and are used with the fastest engine of every layer; their MACs are those that the gates leave, their latency is real.
+So may gates that learn, which choose what a layer gives (feature boosting, channel gating), alone or beside them.
 
 With a cascade, easy images leave at a cheap network; its accuracy by the time it takes is measured.
 
@@ -117,17 +118,16 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         results[name][seed] = result
 
     # ---- engines of pruned networks ----------------------------------------------------------------------------------
+    trained = {name: (modules[name], next(iter(runs.values())).state) for name, runs in results.items()}
     pruned: dict[str, Any] = {}
-    for name in (name for name, asked in gates.items() if asked is not None):
+    for name in (name for name, net in config["networks"].items() if gates[name] or net.get("learned")):
         path = directory / FIGURES / f"{name}_speed.png"
-        pruned[name] = parallel.on_first(
-            lambda found=(modules[name], reports[name], config["latency_batch"], path): pruning.deployed(*found)
-        )
-        if parallel.is_first() and gates[name]["rule"] != "none":
+        found = (*trained[name], test, preprocess, reports[name], config["latency_batch"], path)
+        pruned[name] = parallel.on_first(lambda found=found: pruning.deployed(*found))
+        if parallel.is_first() and "table" in pruned[name] and gates[name]["rule"] != "none":
             print(f"{name}, calls of {config['latency_batch']} images:\n{pruned[name]['table']}\nfigure: {path}")
 
     # ---- early exits -------------------------------------------------------------------------------------------------
-    trained = {name: (modules[name], next(iter(runs.values())).state) for name, runs in results.items()}
     exits: dict[str, Any] = {}
     if config["cascade"]:
         steps_of = {name: trained[name] for name in config["cascade"]}

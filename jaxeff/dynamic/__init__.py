@@ -6,7 +6,14 @@ from jaxeff.dynamic.budget import choose_ratios, ratios_within_macs, ratios_with
 from jaxeff.dynamic.cascade import ExitCurve, ExitPoint, Traversal, at_resolution, exit_curve, traverse
 from jaxeff.dynamic.convolution import ENGINES, Engine, conv
 from jaxeff.dynamic.gate import blocks, gate, readers
-from jaxeff.dynamic.learned import BoostedConv, ChannelGatedConv, boosted_conv, channel_gated_conv, gate_losses
+from jaxeff.dynamic.learned import (
+    BoostedConv,
+    ChannelGatedConv,
+    boosted_conv,
+    channel_gated_conv,
+    gate_densities,
+    gate_losses,
+)
 from jaxeff.dynamic.linen import Gated, GatedCall, GatedConvolution, gate_layer, gated, gated_calls
 from jaxeff.dynamic.masks import keep_count, mask_of, top_k_indices, top_k_mask
 from jaxeff.dynamic.selection import Kept, Reader, masked, masked_by_ratio, select
@@ -62,6 +69,7 @@ __all__ = [
     "densities",
     "exit_curve",
     "gate",
+    "gate_densities",
     "gate_layer",
     "gate_losses",
     "gated",

@@ -1,11 +1,14 @@
 """What a gated architecture counts: multiply-accumulates that are left, and what choosing them costs.
 
 A convolution that keeps k_c of C channels and k_s of P columns does MACs * k_c / C * k_s / P, and k_o of Q outputs
-k_o / Q of that (padding taps included, the convention of the pruning literature). Counted is not measured: see
-`jaxeff.dynamic.speed_report` for the clock.
+k_o / Q of that (padding taps included, the convention of the pruning literature). A layer with a gate that learns does
+of that what its gate leaves open. Counted is not measured: see `jaxeff.dynamic.speed_report` for the clock.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from jaxeff import costs, spec
 from jaxeff.dynamic.settings import DynamicSpec
@@ -17,8 +20,9 @@ class GatedCost(NamedTuple):
     Attributes:
       dense: of the layer without its gate.
       counted: of what its gate keeps.
-      attention: additions of the sums that rank channels and columns; not part of `counted`. Comparing the sums costs
-        next to nothing: one number for each channel and column.
+      attention: additions of the sums that rank channels and columns, and multiply-accumulates of what a gate learns
+        from them; not part of `counted`. Comparing the sums costs next to nothing: one number for each channel and
+        column.
     """
 
     dense: int
@@ -32,7 +36,7 @@ class GatedCost(NamedTuple):
 
 
 def densities(architecture: spec.Architecture) -> dict[str, float]:
-    """Share of its multiply-accumulates that every convolution does, by path; 1 without a gate."""
+    """Share of its multiply-accumulates that every convolution does, by path; 1 without a gate of `dynamic.gate`."""
     shapes, found = spec.shapes(architecture), {}
     for path, layer in spec.walk(architecture):
         if isinstance(layer, spec.Conv):
@@ -40,32 +44,52 @@ def densities(architecture: spec.Architecture) -> dict[str, float]:
     return found
 
 
-def counted_macs(architecture: spec.Architecture, report: costs.CostReport) -> dict[str, GatedCost]:
+def counted_macs(
+    architecture: spec.Architecture,
+    report: costs.CostReport,
+    *,
+    conv: Callable[..., Any] | None = None,
+    opened: Mapping[str, float] | None = None,
+) -> dict[str, GatedCost]:
     """Dense and counted multiply-accumulates of every layer.
 
     Args:
       architecture: with gates, for example of `jaxeff.dynamic.gate`.
-      report: `jaxeff.costs.analyze` of the network without gates, for one image.
+      report: `jaxeff.costs.analyze` of the network without these gates, for one image.
+      conv: convolution factory of the network, where its layers have gates that learn, for example
+        `jaxeff.dynamic.boosted_conv()`.
+      opened: share of the outputs that such gates leave open, by path, where they do not fix it themselves; see
+        `jaxeff.dynamic.gate_densities`.
 
     Returns:
       By path, for the convolutions and dense layers, and their sum as "total".
 
     Raises:
-      ValueError: if the report has no costs of some layer.
+      ValueError: if the report has no costs of some layer, or `opened` none of a layer that needs it.
     """
     shapes, share = spec.shapes(architecture), densities(architecture)
     names = {row.name.split("/")[0] for row in report.rows if not row.name.startswith("(")}
     # Linen puts the class of the outermost module before every path.
     root = f"{names.pop()}/" if len(names) == 1 and not names & {layer.name for layer in architecture.layers} else ""
+    macs = lambda path: sum(row.macs for row in report.rows if f"{row.name}/".startswith(f"{root}{path}/"))
     table: dict[str, GatedCost] = {}
     for path, layer in spec.walk(architecture):
         if isinstance(layer, spec.Conv | spec.Dense):
-            dense = sum(row.macs for row in report.rows if f"{row.name}/".startswith(f"{root}{path}/"))
+            gate = layer.gate if isinstance(layer, spec.Conv) else None
+            ranking = _attention(gate, shapes[path].input)
+            dense, left = macs(path), share.get(path, 1.0)
             if not dense:
                 raise ValueError(f"the report has no multiply-accumulates of layer {path!r}: is it of this network?")
-            gate = layer.gate if isinstance(layer, spec.Conv) else None
-            counted = round(dense * share.get(path, 1.0))
-            table[path] = GatedCost(dense, counted, _attention(gate, shapes[path].input))
+            learned = _learned(conv, layer)
+            if learned is not None:
+                choosing = sum(macs(f"{path}/layer/{name}") for name in learned.choosing)
+                ranking += choosing + learned.additions(shapes[path].input)
+                dense -= choosing
+                try:
+                    left *= learned.left(shapes[path].input[-1], None if opened is None else opened.get(path))
+                except ValueError as error:
+                    raise ValueError(f"layer {path!r}: {error}") from error
+            table[path] = GatedCost(dense, round(dense * left), ranking)
     table["total"] = GatedCost(*map(sum, zip(*table.values(), strict=True)))
     return table
 
@@ -87,3 +111,11 @@ def _attention(gate: object, shape: tuple[int, ...]) -> int:
         return 0
     height, width, channels = shape
     return height * width * channels * (bool(gate.channels) + bool(gate.columns or gate.outputs))
+
+
+def _learned(conv: Callable[..., Any] | None, layer: Any) -> Any:
+    """The module of a layer, if it has a gate that learns."""
+    if conv is None or not isinstance(layer, spec.Conv):
+        return None
+    module = conv(layer, name=None, bias=False, groups=layer.groups, dtype=None, param_dtype=jnp.float32)
+    return module if hasattr(module, "left") else None

@@ -8,16 +8,21 @@ closed; both savings multiply where a layer has both.
 Losses are values of the collection "gate_losses", one number per layer; `gate_losses` adds them up, for the `penalty`
 of `jaxeff.training.classification`.
 
+To `jaxeff.dynamic.counted_macs` a layer says by `left` which share of the multiply-accumulates its gate leaves, by
+`additions` what ranking costs, and by `choosing` which of its parts serve the choice alone.
+
 Letters: N batch, H and W space, I and O input and output channels, k output channels that are kept.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax import lax
 
 from jaxeff import spec
@@ -74,6 +79,7 @@ class BoostedConv(nn.Module):
     conv_general_dilated_cls: Any = None
     # Says to `jaxeff.models.Network` that the norm is done here.
     out_norm: str = "batch"
+    choosing: ClassVar[tuple[str, ...]] = ("saliency",)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -82,17 +88,16 @@ class BoostedConv(nn.Module):
         Raises:
           ValueError: for a share outside [0, 1) or a group size that does not divide the features.
         """
-        kept = DynamicSpec(channels=self.channels, group_size=self.group_size).groups_kept(self.features)
-        groups = self.features // self.group_size
+        kept, groups = self._kept(), self.features // self.group_size
         saliency = jnp.abs(x.astype(jnp.float32)).mean((1, 2))
         g = nn.relu(_dense(groups, bias=1.0, param_dtype=self.param_dtype, name="saliency")(saliency))
         _set(self, LOSSES, self.penalty * g.sum(-1).mean())
         chosen = top_k_indices(lax.stop_gradient(g), kept)
-        conv, gate = conv_general_dilated, self.conv_general_dilated_cls
-        if self.gathered and not train and kept < groups:
-            units = of_groups(chosen, self.group_size)
-            conv = functools.partial(_some_outputs, units, conv_general_dilated)
-            gate = None if gate is None else functools.partial(_gate_of_some_outputs, units, gate)
+        # The gate is one of this layer, so that its path is what it is in every other layer.
+        gate = None if self.conv_general_dilated_cls is None else self.conv_general_dilated_cls()
+        conv = _pure(conv_general_dilated if gate is None else gate)
+        if self.gathered and not train and kept < groups and conv is not gate:
+            conv = functools.partial(_some_outputs, of_groups(chosen, self.group_size), conv)
         y = nn.Conv(
             self.features,
             self.kernel_size,
@@ -102,13 +107,23 @@ class BoostedConv(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=nn.initializers.he_normal(),
-            conv_general_dilated=conv,
-            conv_general_dilated_cls=gate,
+            conv_general_dilated_cls=lambda: conv,
             name="conv",
         )(x)
         norm = _norm(self, train, use_bias=True, name="norm")
         boost = jnp.repeat(jnp.where(mask_of(chosen, groups), g, 0), self.group_size, axis=1)
         return activation(self.act)(boost[:, None, None].astype(y.dtype) * norm(y))
+
+    def left(self, channels: int, opened: float | None = None) -> float:
+        """Share of the multiply-accumulates of open channels; `channels` of the input and `opened` do not matter."""
+        return self._kept() * self.group_size / self.features
+
+    def additions(self, shape: tuple[int, ...]) -> int:
+        """Additions of the saliency of an input (H, W, C)."""
+        return math.prod(shape)
+
+    def _kept(self) -> int:
+        return DynamicSpec(channels=self.channels, group_size=self.group_size).groups_kept(self.features)
 
 
 class ChannelGatedConv(nn.Module):
@@ -151,6 +166,7 @@ class ChannelGatedConv(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     axis_name: str | None = None
+    choosing: ClassVar[tuple[str, ...]] = ()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -159,9 +175,7 @@ class ChannelGatedConv(nn.Module):
         Raises:
           ValueError: if `base` is not in (0, 1).
         """
-        if not 0 < self.base < 1:
-            raise ValueError(f"base is a share of the input channels, in (0, 1), got {self.base}")
-        first = round(self.base * x.shape[-1])
+        first = self._first(x.shape[-1])
         part = functools.partial(
             nn.Conv,
             self.features,
@@ -189,6 +203,28 @@ class ChannelGatedConv(nn.Module):
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(y.dtype)
         return y
+
+    def left(self, channels: int, opened: float | None = None) -> float:
+        """Share of the multiply-accumulates of the base and of what is open beside it, of so many input channels.
+
+        Raises:
+          ValueError: if the share that is open is not given.
+        """
+        first = self._first(channels)
+        if not 0 < first < channels:
+            return 1.0
+        if opened is None:
+            raise ValueError("channel gating opens as many outputs as its input asks for; pass the share as opened=")
+        return (first + opened * (channels - first)) / channels
+
+    def additions(self, shape: tuple[int, ...]) -> int:
+        """None: what decides is a part of the output."""
+        return 0
+
+    def _first(self, channels: int) -> int:
+        if not 0 < self.base < 1:
+            raise ValueError(f"base is a share of the input channels, in (0, 1), got {self.base}")
+        return round(self.base * channels)
 
 
 def boosted_conv(**settings: Any) -> Callable[..., nn.Module]:
@@ -246,6 +282,16 @@ def gate_losses(model_state: Mapping[str, Any]) -> jax.Array:
     return sum(jax.tree.leaves(model_state.get(LOSSES, {})), jnp.zeros((), jnp.float32))
 
 
+def gate_densities(model_state: Mapping[str, Any]) -> dict[str, float]:
+    """Share of the outputs that channel gating left open in the last call whose "gate_density" was kept, by layer.
+
+    Args:
+      model_state: the collections of a network's variables, of which "gate_density" is read.
+    """
+    leaves = flatten_dict(dict(model_state.get(DENSITY, {})), sep="/")
+    return {path.removesuffix("/value").removesuffix("/layer"): float(value) for path, value in leaves.items()}
+
+
 def _set(module: nn.Module, collection: str, value: jax.Array) -> None:
     variable = module.variable(collection, "value", jnp.zeros, (), jnp.float32)
     if module.is_mutable_collection(collection):
@@ -275,12 +321,11 @@ def _norm(module: Any, train: bool, *, use_bias: bool, name: str) -> nn.BatchNor
     )
 
 
-def _gate_of_some_outputs(units, gate) -> Callable[..., jax.Array]:
-    """A gate on the input of `_some_outputs`; by itself where its ratios are traced, as they may be one per sample."""
-    module = gate()
-    if not isinstance(module, GatedConvolution) or module.has_ratios:
-        return module
-    return functools.partial(_some_outputs, units, module.function())
+def _pure(convolve: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A gate as a function, with its ratios bound; itself where they are traced, as they may be one per sample."""
+    if not isinstance(convolve, GatedConvolution) or convolve.has_ratios:
+        return convolve
+    return convolve.function()
 
 
 def _some_outputs(units, convolve, lhs, rhs, window_strides, padding, **options) -> jax.Array:

@@ -7,7 +7,7 @@ import optax
 import pytest
 from scipy.signal import correlate
 
-from jaxeff import dynamic, models, training
+from jaxeff import costs, dynamic, models, training
 from jaxeff.dynamic import DynamicSpec
 
 
@@ -169,6 +169,50 @@ def test_networks_learn_with_their_losses(conv):
     penalty = float(dynamic.gate_losses(found))
     plain = float(optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean())
     assert penalty > 0 and float(step(state, batch)[1]["loss"]) == pytest.approx(plain + penalty, rel=1e-4)
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_sweeps_and_targeted_dropout_find_the_gates_before_boosted_layers(gathered):
+    architecture = dynamic.gate(models.cnn((4, 8, 8), pools=1, input_shape=(6, 6, 2)), DynamicSpec(channels=0.5))
+    conv = dynamic.boosted_conv(channels=0.5, gathered=gathered)
+    network = models.Network(architecture, conv=conv, gate=dynamic.gate_layer)
+    images = relu_map(3, 8, 6, 6, 2)
+    variables = started(network, images)
+    paths = dynamic.block_paths(architecture)
+    found = dynamic.sensitivity(network.apply, variables, images, np.arange(8) % 10, paths, grid=(0.0, 0.5))
+    assert found.accuracy.shape == (2, 2, 2)
+    # At the ratios of the settings the swept network is the one with its gates.
+    swept = network.apply({**variables, "ratios": dynamic.ratio_variables(paths, [[0.5, 0.0]] * 2)}, images)
+    np.testing.assert_allclose(swept, network.apply(variables, images), rtol=1e-4, atol=1e-5)
+    schedule = dynamic.ratio_ascent([[0.5, 0.0]] * 2, every=1)
+    functions = dynamic.targeted_dropout(training.from_linen(network), paths, schedule)
+    logits, _ = functions.apply(functions.init(jax.random.key(0), images), images, True, jax.random.key(0))
+    assert np.isfinite(logits).all()
+
+
+def test_counted_is_what_the_gates_leave_open():
+    architecture = models.cnn((4, 8), pools=1, input_shape=(6, 6, 2))
+    images, macs = jnp.zeros((1, 6, 6, 2)), {"conv1": 36 * 9 * 2 * 4, "conv2": 9 * 9 * 4 * 8, "head": 80}
+
+    def counted(conv, gates=None, opened=None):
+        network = models.Network(architecture, conv=conv)
+        variables = network.init(jax.random.key(0), images)
+        apply = lambda variables, x: network.apply(variables, x, True, mutable=[*variables])[0]
+        report = costs.analyze(apply, variables, images, residuals=False)
+        chosen = architecture if gates is None else dynamic.gate(architecture, gates)
+        return dynamic.counted_macs(chosen, report, conv=conv, opened=opened)
+
+    table = counted(dynamic.boosted_conv(channels=0.75), DynamicSpec(channels=0.5))
+    assert {path: cost.dense for path, cost in table.items() if path != "total"} == macs
+    assert [table[path].counted for path in macs] == [macs["conv1"] // 4, macs["conv2"] // 8, macs["head"]]
+    # The mean of every channel, and the products that make saliency of it; before the second layer the gate's sum, too.
+    assert table["conv1"].attention == 36 * 2 + 2 * 4 and table["conv2"].attention == 2 * 9 * 4 + 4 * 8
+    gating = dynamic.channel_gated_conv(base=0.25)
+    table = counted(gating, opened={"conv1": 0.9, "conv2": 0.2})
+    assert table["conv2"].counted == round(macs["conv2"] * (0.25 + 0.2 * 0.75))
+    assert table["conv1"].counted == macs["conv1"]  # a quarter of two channels is none, so nothing is gated
+    with pytest.raises(ValueError, match="layer 'conv2': channel gating opens as many outputs as its input asks for"):
+        counted(gating)
 
 
 def test_bad_input_is_refused():

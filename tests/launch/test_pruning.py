@@ -5,23 +5,27 @@ import json
 import numpy as np
 import pytest
 
-from configs.classification import gates, network, sgd
+from configs.classification import gates, learned, network, sgd
 from configs.dynamic import accuracy, cascade, fashion_mnist_vgg, one_for_all
 from jaxeff import data, dynamic, training
 from launch import pruning, train
 
 PLAN = (4, "M", 8, 8)
+NETWORKS = ("whole", "chosen", "sandwich", "untrained", "boosted", "channel_gated")
 
 
 def tiny(**changes):
     config = accuracy.get_config("smoke")
     config.train_split, config.test_split = "train[:64]", "test[:40]"
     config.eval_batch_size, config.latency_batch, config.steps = 20, 4, 6
-    config.networks = {name: network("vgg", plan=PLAN) for name in ("whole", "chosen", "sandwich", "untrained")}
+    config.networks = {name: network("vgg", plan=PLAN) for name in NETWORKS}
     pace = {"source": "whole", "increment": 0.5}
     config.networks.chosen.gates = gates(None, macs=0.6, sensitivity_split="train[64:104]", **pace)
     config.networks.sandwich.gates = gates(0.5, columns=0.25, rule="sandwich", epochs=2)
     config.networks.untrained.gates = gates((0.5, 0.75), rule="none", source="sandwich", calibrate=2)
+    config.networks.boosted.learned = learned("boosted", channels=0.5, group_size=2)
+    config.networks.boosted.gates = gates(0.5, increment=0.5)
+    config.networks.channel_gated.learned = learned("channel_gated", base=0.5, penalty=1e-3)
     config.optimizer = sgd(0.05, warmup=1)
     config.cascade = ("untrained", "whole")
     for name, value in changes.items():
@@ -40,15 +44,17 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     workdir, summary = finished
     assert json.loads((workdir / "summary.json").read_text()) == json.loads(json.dumps(summary))
     names = {row["name"] for row in summary["networks"]}
-    assert names == {"whole", "chosen", "sandwich", "untrained"} and set(summary["pruned"]) == names - {"whole"}
+    assert names == {name.replace("_", " ") for name in NETWORKS} and set(summary["pruned"]) == {*NETWORKS} - {"whole"}
     figures = {path.name for path in (workdir / "figures").iterdir()}
-    speeds = {f"{name}_speed.png" for name in summary["pruned"]}
+    # Channel gating leaves out single outputs, which no engine does.
+    speeds = {f"{name}_speed.png" for name in summary["pruned"] if name != "channel_gated"}
     assert figures == speeds | {"cascade.png", "chosen_sensitivity.png", "curves.png", "comparison.png"}
     # Six steps are those of the experiment, two epochs of four batches those of one network.
-    steps = {"whole": 6, "chosen": 6, "sandwich": 8}
+    steps = {"whole": 6, "chosen": 6, "sandwich": 8, "boosted": 6, "channel_gated": 6}
     for name, count in steps.items():
         assert training.read_metrics(workdir / name / "seed0" / "metrics.jsonl")[-1]["step"] == count
-    assert {row["name"]: row["steps"] for row in summary["networks"]} == {**steps, "untrained": 0}
+    found = {row["name"].replace(" ", "_"): row["steps"] for row in summary["networks"]}
+    assert found == {**steps, "untrained": 0}
 
 
 @pytest.mark.slow
@@ -61,6 +67,13 @@ def test_multiply_accumulates_are_those_that_the_gates_leave(finished):
     assert macs["sandwich"] == first + round(0.375 * second) + round(0.375 * third) + head
     assert macs["untrained"] == first + second // 2 + third // 4 + head
     assert macs["chosen"] <= 0.6 * macs["whole"]
+    # Half of what every layer gives is left out, and half of what those read that have a gate.
+    assert macs["boosted"] == first // 2 + second // 4 + third // 4 + head
+    # Half of the channels decide where the others are needed; the first layer has one channel.
+    opened = summary["pruned"]["channel_gated"]["open"]
+    assert set(opened) == {"conv2", "conv3"} and all(0 < share < 1 for share in opened.values())
+    shares = [(1 + opened[name]) / 2 for name in ("conv2", "conv3")]
+    assert macs["channel gated"] == first + round(second * shares[0]) + round(third * shares[1]) + head
     ratios = np.array(summary["pruned"]["chosen"]["ratios"])
     assert ratios.shape == (2, 2) and not ratios[:, 1].any() and ratios[:, 0].any()
 
