@@ -12,8 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxeff import training
-from launch import train
+from jaxeff import data, dynamic, training
+from jaxeff.dynamic import convolution
+from jaxeff.ops import autotune
+from launch import pruning, train
 
 CONFIG = pathlib.Path(__file__).with_name("mesh_config.py")
 STEPS = 50
@@ -25,7 +27,7 @@ def start(start_job):
     """Starts both processes of a job in a work directory; ends what is left of them after the tests."""
     started = []
 
-    def processes(workdir):
+    def processes(workdir, config=CONFIG, environments=({}, {})):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -34,10 +36,10 @@ def start(start_job):
         four = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
         devices = {"XLA_FLAGS": four, "JAX_PLATFORMS": "cpu"}
         pair = []
-        for index in range(2):
+        for index, own in enumerate(environments):
             changes = {**flags, "distributed.process_id": index}
             changes = [f"--config.{name}={value}" for name, value in changes.items()]
-            pair.append(start_job("train", CONFIG, workdir, *changes, env={**os.environ, **devices}))
+            pair.append(start_job("train", config, workdir, *changes, env={**os.environ, **devices, **own}))
         started.extend(pair)
         return pair
 
@@ -110,3 +112,22 @@ def test_a_signal_to_one_host_makes_both_save_and_stop_and_they_go_on_to_the_sam
         assert status == 0, errors
     for run in RUNS:
         jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / run), final_params(whole / run))
+
+
+@pytest.mark.slow
+@pytest.mark.multidevice
+def test_hosts_whose_tables_of_engines_differ_run_one_program(start, tmp_path, monkeypatch):
+    config, folders = CONFIG.with_name("gated_config.py"), [tmp_path / "first", tmp_path / "second"]
+    wanted = runpy.run_path(str(config))["get_config"]()
+    dataset = data.load(wanted.dataset, wanted.train_split)
+    module = pruning.network(wanted.networks.convolution.to_dict(), dataset)
+    (call,) = dynamic.gated_calls(module, jax.ShapeDtypeStruct((wanted.batch_size, 8, 8, 1), np.float32))
+    name = convolution.signature(call.settings, call.x, call.kernel, call.window)
+    monkeypatch.setenv("JAXEFF_CACHE_DIR", str(folders[0]))
+    autotune.remember({name: "channels"})
+    environments = [{"JAXEFF_CACHE_DIR": str(folder)} for folder in folders]
+    for status, _, errors in ends(start(tmp_path / "run", config, environments)):
+        assert status == 0, errors
+    rows = training.read_metrics(tmp_path / "run" / RUNS[0])
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(losses) > 2 and np.isfinite(losses).all()
