@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.classification import gates
 from jaxeff import costs, data, dynamic, models, spec, training
-from jaxeff.dynamic import convolution, figures
+from jaxeff.dynamic import figures
 from jaxeff.ops import autotune
 from jaxeff.training.workdir import CONFIG
 from launch import classifier
@@ -233,11 +233,7 @@ def tune(module: models.Network, asked: Mapping[str, Any], config: Mapping[str, 
     if steps - _pace(asked, ratios(module), steps)[1] < WORTH_TUNING:
         return
     images = jax.ShapeDtypeStruct((config["batch_size"], *module.architecture.input_shape), np.float32)
-    known = (
-        autotune.lookup(convolution.signature(call.settings, call.x, call.kernel, call.window))
-        for call in dynamic.gated_calls(module, images)
-    )
-    if not all(known):
+    if not all(autotune.lookup(call.signature) for call in dynamic.gated_calls(module, images)):
         dynamic.tune(module, images, train=True)
 
 
@@ -299,9 +295,9 @@ def deployed(
     found = {"dense_macs": total.dense, "macs": total.counted, "attention_additions": total.attention}
     if opened:
         found["open"] = opened
-    if module.gate is None:
-        return found
     inputs = jax.ShapeDtypeStruct((batch, *module.architecture.input_shape), np.float32)
+    if not dynamic.gated_calls(module, inputs):
+        return found
     dynamic.tune(module, inputs)
     measured = dynamic.speed_report(module, inputs)
     figures.draw_speed(measured, path)
@@ -310,7 +306,7 @@ def deployed(
         for row in measured.rows
     ]
     return {
-        "ratios": ratios(module).tolist(),
+        **({} if module.gate is None else {"ratios": ratios(module).tolist()}),
         **found,
         "efficiency": measured.efficiency,
         "layers": layers,

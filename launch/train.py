@@ -124,7 +124,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         path = directory / FIGURES / f"{name}_speed.png"
         found = (*trained[name], test, preprocess, reports[name], config["latency_batch"], path)
         pruned[name] = parallel.on_first(lambda found=found: pruning.deployed(*found))
-        if parallel.is_first() and "table" in pruned[name] and gates[name]["rule"] != "none":
+        if parallel.is_first() and "table" in pruned[name] and not (gates[name] and gates[name]["rule"] == "none"):
             print(f"{name}, calls of {config['latency_batch']} images:\n{pruned[name]['table']}\nfigure: {path}")
 
     # ---- early exits -------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def ratios_within_seconds(
     rows, dense, measured = np.zeros((len(found.names), len(options))), 0.0, {}
     footprint = parameter_bytes(network, x)
     for call in gated_calls(network, x):
-        name = convolution.signature(call.settings, call.x, call.kernel, call.window)
+        name = call.signature
         if name not in measured:
             measured[name] = _layer_seconds(call, [_pair(found, option) for option in options], rounds, footprint)
         rows[_owner(owner, call.path)] += measured[name][0]

@@ -31,6 +31,7 @@ class Engine(NamedTuple):
       run: function (window, settings, x, kernel, kept) -> y.
       exact: whether it equals masking; False for an approximation, which "auto" never takes.
       gpu: whether it is made for GPU; elsewhere "auto" never takes it.
+      features: whether it leaves out output channels that are not to be computed; others make them zero.
       misfit: function (window, settings, x) -> why it cannot compute a convolution of x, of which it looks at shape and
         dtype; or None.
     """
@@ -39,6 +40,7 @@ class Engine(NamedTuple):
     run: Callable[[Geometry, DynamicSpec, jax.Array, jax.Array, Kept], jax.Array]
     exact: bool = True
     gpu: bool = False
+    features: bool = False
     misfit: Callable[[Geometry, DynamicSpec, Any], str | None] = lambda window, settings, x: None
 
 
@@ -85,7 +87,7 @@ def conv(
     reader = Reader(window, (kernel.shape[0], kernel.shape[1]))
     own, out = kept is None, engines.out_size(window, x.shape[1:3], kernel.shape[:2])
     if kept is not None:
-        _check_kept(kept, settings, x, out)
+        _check_kept(kept, settings, x, (*out, kernel.shape[-1]))
     # The engine comes first: one in compiled code brings its own way to choose.
     planned = selection.planned(settings, x.shape, out) if kept is None else kept
     name = resolved(settings, planned, x, kernel, window)
@@ -94,7 +96,7 @@ def conv(
         raise ValueError(f"engine {name!r} does not fit: {reason}; take 'mask', or 'auto'")
     if kept is None:
         kept = selection.select(x, settings, reader)
-    dropped = kept._replace(**dict.fromkeys(engine.saves))
+    dropped = kept._replace(**dict.fromkeys((*engine.saves, *(("features",) if engine.features else ()))))
     if own:
         left = selection.masked_by_scores(x, kept, set(RATIOS) - set(engine.saves), settings)
     else:
@@ -115,7 +117,8 @@ def resolved(settings: DynamicSpec, kept: Kept, x: Any, kernel: Any, window: Geo
     if name == "auto":
         # Each of several hosts has a table of its own, and all must run one program.
         alone = jax.process_count() == 1
-        name = (alone and autotune.lookup(signature(settings, x, kernel, window))) or "mask"
+        features = None if kept.features is None else kept.features.shape[-1]
+        name = (alone and autotune.lookup(signature(settings, x, kernel, window, features))) or "mask"
         if name not in ENGINES or ENGINES[name].misfit(window, settings, x):
             name = "mask"  # another version measured, or what it was compiled with is no longer there
     if name not in ENGINES:
@@ -139,10 +142,13 @@ def candidates(settings: DynamicSpec, x: Any, window: Geometry) -> list[str]:
     ]
 
 
-def signature(settings: DynamicSpec, x: Any, kernel: Any, window: Geometry) -> str:
-    """The name of a gated convolution in the table of fastest engines."""
+def signature(settings: DynamicSpec, x: Any, kernel: Any, window: Geometry, features: int | None = None) -> str:
+    """The name of a gated convolution, with so many output channels computed, in the table of fastest engines."""
     drops = dataclasses.replace(settings, engine="auto")
-    return autotune.signature("gated convolution", (x, kernel), tuple(window), drops, f"conv_impl {current_impl()}")
+    few = () if features is None else (f"{features} features",)
+    return autotune.signature(
+        "gated convolution", (x, kernel), tuple(window), drops, *few, f"conv_impl {current_impl()}"
+    )
 
 
 def _mask(window, settings, x, kernel, kept):
@@ -236,21 +242,21 @@ def _both(window, settings, x, kernel, kept):
 
 
 def _native_mask(window, settings, x, kernel, kept):
-    return engines.native_conv(window, x, kernel)
+    return engines.native_conv(window, x, kernel, features=kept.features)
 
 
 def _native_channels(window, settings, x, kernel, kept):
-    return engines.native_conv(window, x, kernel, _units(kept, settings))
+    return engines.native_conv(window, x, kernel, _units(kept, settings), features=kept.features)
 
 
 def _native_columns(window, settings, x, kernel, kept):
     columns = selection.positions_of(kept.columns, settings.tile, (x.shape[1], x.shape[2]))
-    return engines.native_conv(window, x, kernel, columns=columns)
+    return engines.native_conv(window, x, kernel, columns=columns, features=kept.features)
 
 
 def _native_both(window, settings, x, kernel, kept):
     columns = selection.positions_of(kept.columns, settings.tile, (x.shape[1], x.shape[2]))
-    return engines.native_conv(window, x, kernel, _units(kept, settings), columns)
+    return engines.native_conv(window, x, kernel, _units(kept, settings), columns, kept.features)
 
 
 def _native_misfit(window, settings, x):
@@ -282,10 +288,10 @@ ENGINES: dict[str, Engine] = {
     "width_slices": Engine(("widths",), _width_slices),
     "columns": Engine(("columns",), _columns),
     "channels_and_columns": Engine(("channels", "columns"), _both),
-    "native_mask": Engine((), _native_mask, misfit=_native_misfit),
-    "native_channels": Engine(("channels",), _native_channels, misfit=_native_misfit),
-    "native_columns": Engine(("columns",), _native_columns, misfit=_native_misfit),
-    "native_channels_and_columns": Engine(("channels", "columns"), _native_both, misfit=_native_misfit),
+    "native_mask": Engine((), _native_mask, features=True, misfit=_native_misfit),
+    "native_channels": Engine(("channels",), _native_channels, features=True, misfit=_native_misfit),
+    "native_columns": Engine(("columns",), _native_columns, features=True, misfit=_native_misfit),
+    "native_channels_and_columns": Engine(("channels", "columns"), _native_both, features=True, misfit=_native_misfit),
     "output_columns": Engine(("outputs",), _output_columns),
     "output_tiles": Engine(("outputs",), _output_tiles),
     "tile_slabs": Engine(("outputs",), _tile_slabs, gpu=True, misfit=_tile_slab_misfit),
@@ -319,12 +325,12 @@ def _check_operands(x: jax.Array, kernel: jax.Array) -> None:
         raise ValueError(f"x is empty, of shape {x.shape}; a gate has nothing to rank")
 
 
-def _check_kept(kept: Kept, settings: DynamicSpec, x: jax.Array, out: tuple[int, int]) -> None:
+def _check_kept(kept: Kept, settings: DynamicSpec, x: jax.Array, out: tuple[int, int, int]) -> None:
     if kept.channels is not None and kept.widths is not None:
         raise ValueError("kept: channels and widths both say which channels are kept; give one of them")
     if (kept.channels is not None or kept.widths is not None) and x.shape[-1] % settings.group_size:
         raise ValueError(f"group_size={settings.group_size} does not divide the {x.shape[-1]} channels")
-    limits = {"channels": x.shape[-1] // settings.group_size}
+    limits = {"channels": x.shape[-1] // settings.group_size, "features": out[2]}
     for axis, size in (("columns", x.shape[1:3]), ("outputs", out)):
         if getattr(kept, axis) is not None and (size[0] % settings.tile or size[1] % settings.tile):
             raise ValueError(f"tile={settings.tile} does not divide the {axis} of {size[0]} x {size[1]} positions")

@@ -26,8 +26,9 @@ from flax.traverse_util import flatten_dict
 from jax import lax
 
 from jaxeff import spec
+from jaxeff.dynamic.attention import channel_attention
 from jaxeff.dynamic.engines import of_groups
-from jaxeff.dynamic.linen import GatedConvolution
+from jaxeff.dynamic.linen import GatedConvolution, gated
 from jaxeff.dynamic.masks import mask_of, top_k_indices
 from jaxeff.dynamic.settings import DynamicSpec
 from jaxeff.ops import activation, conv_general_dilated
@@ -56,8 +57,9 @@ class BoostedConv(nn.Module):
       padding: "SAME", "VALID" or pairs.
       act: name of an activation, or None.
       penalty: weight of the loss (1e-8, the paper's).
-      gathered: whether closed channels are left out of the convolution while the norm has its running statistics, or
-        masked. While it learns, the batch's statistics need all of them.
+      gathered: whether the engine of the layer may leave closed channels out while the norm has its running
+        statistics: those in compiled code do, where `jaxeff.dynamic.tune` finds that it pays. While it learns, the
+        batch's statistics need all of them.
       dtype: of the arithmetic; None follows the input.
       param_dtype: of the parameters.
       axis_name: mapped axis over which the norm shares its statistics.
@@ -89,15 +91,18 @@ class BoostedConv(nn.Module):
           ValueError: for a share outside [0, 1) or a group size that does not divide the features.
         """
         kept, groups = self._kept(), self.features // self.group_size
-        saliency = jnp.abs(x.astype(jnp.float32)).mean((1, 2))
+        saliency = channel_attention(x, "abs_mean")
         g = nn.relu(_dense(groups, bias=1.0, param_dtype=self.param_dtype, name="saliency")(saliency))
         _set(self, LOSSES, self.penalty * g.sum(-1).mean())
         chosen = top_k_indices(lax.stop_gradient(g), kept)
         # The gate is one of this layer, so that its path is what it is in every other layer.
-        gate = None if self.conv_general_dilated_cls is None else self.conv_general_dilated_cls()
-        conv = _pure(conv_general_dilated if gate is None else gate)
-        if self.gathered and not train and kept < groups and conv is not gate:
-            conv = functools.partial(_some_outputs, of_groups(chosen, self.group_size), conv)
+        convolve: Any = conv_general_dilated
+        few = self.gathered and not train and kept < groups
+        if self.conv_general_dilated_cls is not None or few:
+            convolve = (self.conv_general_dilated_cls or gated(DynamicSpec()))()
+        # Ratios that are traced may be one per sample.
+        if few and isinstance(convolve, GatedConvolution) and not convolve.has_ratios:
+            convolve = functools.partial(convolve.function(), features=of_groups(chosen, self.group_size))
         y = nn.Conv(
             self.features,
             self.kernel_size,
@@ -107,7 +112,7 @@ class BoostedConv(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=nn.initializers.he_normal(),
-            conv_general_dilated_cls=lambda: conv,
+            conv_general_dilated_cls=lambda: convolve,
             name="conv",
         )(x)
         norm = _norm(self, train, use_bias=True, name="norm")
@@ -319,27 +324,6 @@ def _norm(module: Any, train: bool, *, use_bias: bool, name: str) -> nn.BatchNor
         axis_name=None if module.is_initializing() else module.axis_name,
         name=name,
     )
-
-
-def _pure(convolve: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A gate as a function, with its ratios bound; itself where they are traced, as they may be one per sample."""
-    if not isinstance(convolve, GatedConvolution) or convolve.has_ratios:
-        return convolve
-    return convolve.function()
-
-
-def _some_outputs(units, convolve, lhs, rhs, window_strides, padding, **options) -> jax.Array:
-    """The convolution of every sample with its own output channels [N, k] of the kernel; the others are zero."""
-    shape = rhs.shape[-1]
-
-    def one(sample):
-        x, own = sample
-        y = convolve(x[None], rhs[..., own], window_strides, padding, **options)[0]
-        return (
-            jnp.zeros((*y.shape[:-1], shape), y.dtype).at[..., own].set(y, indices_are_sorted=True, unique_indices=True)
-        )
-
-    return lax.map(one, (lhs, units))
 
 
 def _check_plain(layer: spec.Conv, groups: int) -> None:

@@ -138,6 +138,7 @@ class GatedCall(NamedTuple):
       x: shape and dtype [N, H, W, C] of what it reads.
       kernel: shape and dtype [kh, kw, C, O].
       window: geometry of the convolution.
+      features: how many output channels of each sample are computed; None for all.
     """
 
     path: str
@@ -145,6 +146,12 @@ class GatedCall(NamedTuple):
     x: jax.ShapeDtypeStruct
     kernel: jax.ShapeDtypeStruct
     window: Geometry
+    features: int | None = None
+
+    @property
+    def signature(self) -> str:
+        """Its name in the table of fastest engines."""
+        return convolution.signature(self.settings, self.x, self.kernel, self.window, self.features)
 
 
 def gated_calls(module: nn.Module, *inputs: Any, options: Mapping[str, Any] | None = None) -> tuple[GatedCall, ...]:
@@ -231,6 +238,7 @@ _STANDING: list[bool] = []
 def _convolve(
     path, settings, ratios, lhs, rhs, window_strides, padding, lhs_dilation=None, rhs_dilation=None,
     dimension_numbers=None, feature_group_count=1, batch_group_count=1, precision=None, preferred_element_type=None,
+    features=None,
 ):  # fmt: skip
     numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     layout = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
@@ -248,9 +256,13 @@ def _convolve(
     window = geometry(lhs.shape, rhs.shape, window_strides, padding, rhs_dilation or (1, 1), precision)
     for calls in _WATCHED:
         x, kernel = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (lhs, rhs))
-        calls.append(GatedCall(path, settings, x, kernel, window))
+        calls.append(GatedCall(path, settings, x, kernel, window, None if features is None else features.shape[-1]))
     if ratios is None:
-        return convolution.conv(lhs, rhs, settings, **window._asdict())
+        kept = None
+        if features is not None:
+            reader = selection.Reader(window, (rhs.shape[0], rhs.shape[1]))
+            kept = selection.select(lhs, settings, reader)._replace(features=features)
+        return convolution.conv(lhs, rhs, settings, **window._asdict(), kept=kept)
     channels, columns = ratios
     if _STANDING and jnp.ndim(channels) == jnp.ndim(columns) == 0:
         out = out_size(window, lhs.shape[1:3], rhs.shape[:2])

@@ -27,12 +27,15 @@ class Kept(NamedTuple):
       outputs: int32 [N, k_o], of tiles of the output.
       widths: int32 [N], in the place of `channels`: how many channel groups a sample keeps, from the first, 0..G. Never
         chosen by attention; for slimmable networks, whose samples differ in width.
+      features: int32 [N, L], output channels that are computed, the others being zero. Never chosen by attention; for
+        gates that learn, such as those of `jaxeff.dynamic.BoostedConv`.
     """
 
     channels: jax.Array | None = None
     columns: jax.Array | None = None
     outputs: jax.Array | None = None
     widths: jax.Array | None = None
+    features: jax.Array | None = None
 
 
 class Reader(NamedTuple):
@@ -115,7 +118,9 @@ def masked_by_scores(x: jax.Array, kept: Kept, axes: Collection[str], settings: 
 
 
 def masked_outputs(y: jax.Array, kept: Kept, settings: DynamicSpec) -> jax.Array:
-    """The output [N, H', W', O] of a convolution with zeros at the positions that are dropped."""
+    """The output [N, H', W', O] of a convolution with zeros at positions and channels that are not to be computed."""
+    if kept.features is not None:
+        y = jnp.where(mask_of(kept.features, y.shape[-1])[:, None, None], y, 0)
     if kept.outputs is None:
         return y
     return _masked(y, None, mask_of(kept.outputs, y.shape[1] * y.shape[2] // settings.tile**2), settings)

@@ -110,7 +110,7 @@ def speed_report(
     measured: dict[str, LayerSpeed] = {}
     footprint, rows = parameter_bytes(module, *inputs, options=options), []
     for call in calls:
-        name = convolution.signature(call.settings, call.x, call.kernel, call.window) + call.settings.engine
+        name = call.signature + call.settings.engine
         if name not in measured:
             measured[name] = _measure(call, rounds, footprint)
         rows.append(dataclasses.replace(measured[name], path=call.path))
@@ -141,6 +141,9 @@ def _measure(call: GatedCall, rounds: int, footprint: int) -> LayerSpeed:
     shown = f"{list(call.x.shape)} x {list(call.kernel.shape)}"
     out = out_size(call.window, call.x.shape[1:3], call.kernel.shape[:2])
     kept = planned(call.settings, call.x.shape, out)
+    few = call.kernel.shape[-1] if call.features is None else call.features
+    if call.features is not None:
+        kept = kept._replace(features=jnp.zeros((call.x.shape[0], few), jnp.int32))
     engine = convolution.resolved(call.settings, kept, call.x, call.kernel, call.window)
     forms: dict[str, Callable[..., Any]] = {**dense_forms(call.window, call.x.dtype), "mask": with_engine(call, "mask")}
     contestants = {**forms, "engine": with_engine(call, engine)}
@@ -149,7 +152,7 @@ def _measure(call: GatedCall, rounds: int, footprint: int) -> LayerSpeed:
     dense = min(forms, key=median.__getitem__)
     real = statistics.median(a / b for a, b in zip(times[dense], times["engine"], strict=True))
     seconds = {"dense": median[dense], "mask": median["mask"], "engine": median["engine"]}
-    counted = 1 / density(call.settings, call.x.shape[1:], out)
+    counted = call.kernel.shape[-1] / few / density(call.settings, call.x.shape[1:], out)
     return LayerSpeed(call.path, shown, dense, engine, seconds, counted, real)
 
 

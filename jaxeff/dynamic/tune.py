@@ -7,9 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxeff.dynamic import convolution
 from jaxeff.dynamic.linen import GatedCall, gated_calls, parameter_bytes
+from jaxeff.dynamic.selection import Reader, select
 from jaxeff.ops import autotune
 
 
@@ -32,10 +34,7 @@ def tune(
       `engine="auto"` that are traced from now on, in this process and in later ones, use it. Engines that do not
       compile for a layer are left out with a warning.
     """
-    calls = {
-        convolution.signature(c.settings, c.x, c.kernel, c.window): c
-        for c in gated_calls(module, *inputs, options=options)
-    }
+    calls = {call.signature: call for call in gated_calls(module, *inputs, options=options)}
     footprint, found = parameter_bytes(module, *inputs, options=options), {}
     for name, call in calls.items():
         names = convolution.candidates(call.settings, call.x, call.window)
@@ -49,8 +48,18 @@ def tune(
 
 def with_engine(call: GatedCall, engine: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """A gated convolution of a network, computed by one engine: a function of x and kernel."""
-    settings = dataclasses.replace(call.settings, engine=engine)
-    return lambda x, kernel: convolution.conv(x, kernel, settings, **call.window._asdict())
+    settings, window = dataclasses.replace(call.settings, engine=engine), call.window._asdict()
+    if call.features is None:
+        return lambda x, kernel: convolution.conv(x, kernel, settings, **window)
+    reader = Reader(call.window, (call.kernel.shape[0], call.kernel.shape[1]))
+    spread = np.arange(call.features, dtype=np.int32) * call.kernel.shape[-1] // call.features
+    features = np.broadcast_to(spread, (call.x.shape[0], call.features))
+
+    def some(x, kernel):
+        kept = select(x, settings, reader)._replace(features=jnp.asarray(features))
+        return convolution.conv(x, kernel, settings, **window, kept=kept)
+
+    return some
 
 
 def _step(function):

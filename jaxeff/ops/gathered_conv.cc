@@ -6,7 +6,7 @@
 // of a core when the next sample reads its own rows of it.
 //
 // Letters: N batch, P input and Q output positions, T taps, C input and O output channels; of each sample S positions
-// and K channels are kept. The map is [N, P, C], the kernel [T, C, O], `reads` [T, Q] says which input position an output
+// and K channels are kept, and L output channels computed. The map is [N, P, C], the kernel [T, C, O], `reads` [T, Q] says which input position an output
 // reads through a tap, or P for none, and `writes` [T, P] which output an input contributes to, or Q.
 
 #include <algorithm>
@@ -188,8 +188,10 @@ struct Problem {
   int64_t n, p, c, t, o, q, k, s;
   const int32_t* reads;
   const int32_t* writes;
-  const int32_t* channels;  // null: all
-  const int32_t* columns;   // null: all
+  const int32_t* channels;           // null: all
+  const int32_t* columns;            // null: all
+  int64_t l = 0;
+  const int32_t* features = nullptr;  // null: all
 
   // Which of the kept channels of a sample lie in [from, to): the first, and the one after the last.
   std::pair<int64_t, int64_t> Between(int64_t sample, int64_t from, int64_t to) const {
@@ -287,6 +289,16 @@ void CopyRows(const float* rows, const int64_t* at, int64_t count, int64_t used,
   }
 }
 
+// The same for chosen numbers of each row.
+void CopyChosen(const float* rows, const int64_t* at, int64_t count, const int32_t* chosen, int64_t used, int64_t width,
+                float* copy) {
+  for (int64_t i = 0; i < count; ++i, copy += width) {
+    const float* row = rows + at[i];
+    for (int64_t j = 0; j < used; ++j) copy[j] = row[chosen[j]];
+    std::fill(copy + used, copy + width, 0.0f);
+  }
+}
+
 // --- output ---------------------------------------------------------------------------------------------------------
 
 // A block of output channels, `used` from `from` on, at outputs [first, first + height) of samples [begin, end).
@@ -300,10 +312,21 @@ struct OutputBlock {
 
   float* Sums(int64_t sample) { return sums.data() + (sample - begin) * height * width; }
 
-  // Where the channels that a sample keeps lie in the kernel.
+  // Where the channels that a sample keeps lie in the kernel; chosen output channels are counted from the first of all.
   void Locate(int64_t tap, int64_t sample, int64_t* at) const {
+    const int64_t start = problem.features ? 0 : from;
     for (int64_t i = 0; i < problem.k; ++i)
-      at[i] = (tap * problem.c + problem.Channel(sample, i)) * problem.o + from;
+      at[i] = (tap * problem.c + problem.Channel(sample, i)) * problem.o + start;
+  }
+
+  // Those of the output channels of this block that a sample has computed.
+  const int32_t* Chosen(int64_t sample) const {
+    return problem.features ? problem.features + sample * problem.l + from : nullptr;
+  }
+
+  void Copy(const int64_t* rows, int64_t count, int64_t sample, float* copy) const {
+    if (const int32_t* chosen = Chosen(sample)) CopyChosen(weights, rows, count, chosen, used, width, copy);
+    else CopyRows(weights, rows, count, used, width, copy);
   }
 
   // All samples take one tap, then the next: the rows of the kernel that several of them keep are in the cache.
@@ -320,15 +343,15 @@ struct OutputBlock {
       pairs.OfOutputs(problem, sample, tap, first, first + height);
       if (!pairs.size) continue;
       for (int64_t i = 0; i < k; ++i) read[i] = problem.Channel(sample, i);
-      const bool worth = pairs.size >= kWorthCopying || used < width;
+      const bool worth = pairs.size >= kWorthCopying || used < width || problem.features;
       if (worth) {
         copy.resize(k * width);
-        CopyRows(weights, rows.data(), k, used, width, copy.data());
+        Copy(rows.data(), k, sample, copy.data());
       }
       MultiplyRows(vectors, pairs.size, k, {map + sample * problem.p * problem.c, pairs.from.data(), problem.c},
                    read.data(), worth ? copy.data() : weights, worth ? copied.data() : rows.data(),
                    {Sums(sample) - first * width, pairs.to.data(), width},
-                   next < turns ? Ahead{weights, ahead.data()} : Ahead{});
+                   next < turns && !problem.features ? Ahead{weights, ahead.data()} : Ahead{});
     }
   }
 
@@ -351,7 +374,7 @@ struct OutputBlock {
           for (int64_t i = 0; i < k; ++i) patch[i] = values[problem.Channel(sample, i)];
         }
       }
-      CopyRows(weights, rows.data(), depth, used, width, copy.data());
+      Copy(rows.data(), depth, sample, copy.data());
       MultiplyRows(vectors, height, depth, {patches.data(), order.data(), depth}, read.data(), copy.data(),
                    copied.data(), {Sums(sample), order.data(), width});
     }
@@ -359,20 +382,38 @@ struct OutputBlock {
 
   void Deliver(float* y) {
     for (int64_t sample = begin; sample < end; ++sample)
-      for (int64_t i = 0; i < height; ++i)
-        std::memcpy(y + (sample * problem.q + first + i) * problem.o + from, Sums(sample) + i * width,
-                    used * sizeof(float));
+      for (int64_t i = 0; i < height; ++i) {
+        float* row = y + (sample * problem.q + first + i) * problem.o;
+        const float* own = Sums(sample) + i * width;
+        if (const int32_t* chosen = Chosen(sample))
+          for (int64_t j = 0; j < used; ++j) row[chosen[j]] = own[j];
+        else
+          std::memcpy(row + from, own, used * sizeof(float));
+      }
   }
 };
 
+void Clear(ffi::ThreadPool& pool, float* out, int64_t size) {
+  jaxeff::Parallel(pool, (size + kZeros - 1) / kZeros, [&](int64_t part) {
+    std::fill(out + part * kZeros, out + std::min((part + 1) * kZeros, size), 0.0f);
+  });
+}
+
 ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats kernel, Integers channels, Integers columns, Integers reads,
-                   Integers writes, ffi::Result<Floats> y, ffi::Dictionary) {
+                   Integers writes, Integers features, ffi::Result<Floats> y, ffi::Dictionary) {
   Problem problem;
   if (auto error = Read(x.dimensions().begin(), kernel.dimensions().begin(), y->dimensions()[1], channels, columns,
                         reads, writes, &problem);
       error.failure())
     return error;
-  const int64_t n = problem.n, q = problem.q, o = problem.o;
+  const int64_t n = problem.n, q = problem.q;
+  int64_t o = problem.o;
+  if ((problem.l = features.dimensions()[1])) {
+    problem.features = features.typed_data();
+    if (auto error = CheckIndices("features", problem.features, n, problem.l, o, true); error.failure()) return error;
+    Clear(pool, y->typed_data(), n * q * o);
+    o = problem.l;
+  }
   const int64_t blocks = (o + kBlock - 1) / kBlock, wanted = Wanted(pool);
   const int64_t piece = Piece(q, n * blocks, wanted), pieces = (q + piece - 1) / piece;
   // Small maps: several samples share a task, and with it the part of the kernel in the cache.
@@ -484,10 +525,7 @@ ffi::Error MapGradient(ffi::ThreadPool pool, Floats g, Floats kernel, Integers c
       error.failure())
     return error;
   float* out = dx->typed_data();
-  const int64_t size = problem.n * problem.p * problem.c, parts = (size + kZeros - 1) / kZeros;
-  jaxeff::Parallel(pool, parts, [&](int64_t part) {
-    std::fill(out + part * kZeros, out + std::min((part + 1) * kZeros, size), 0.0f);
-  });
+  Clear(pool, out, problem.n * problem.p * problem.c);
   const auto gradient = problem.s < kWorthMirroring ? MapGradientOfFew : MapGradientOfMany;
   gradient(pool, problem, g.typed_data(), kernel.typed_data(), out);
   return ffi::Error::Success();
@@ -610,20 +648,17 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Floats g, Floats x, Integers cha
 }  // namespace
 
 // All take two arrays of numbers, the tables of what is kept and of who writes where, and attributes for who counts
-// multiply-accumulates in a traced program.
-#define HANDLER(name, function)                             \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function,             \
-                                ffi::Ffi::Bind()            \
-                                    .Ctx<ffi::ThreadPool>() \
-                                    .Arg<Floats>()          \
-                                    .Arg<Floats>()          \
-                                    .Arg<Integers>()        \
-                                    .Arg<Integers>()        \
-                                    .Arg<Integers>()        \
-                                    .Arg<Integers>()        \
-                                    .Ret<Floats>()          \
-                                    .Attrs())
+// multiply-accumulates in a traced program; the convolution also which output channels are computed.
+#define OPERANDS                      \
+  ffi::Ffi::Bind()                    \
+      .Ctx<ffi::ThreadPool>()         \
+      .Arg<Floats>()                  \
+      .Arg<Floats>()                  \
+      .Arg<Integers>()                \
+      .Arg<Integers>()                \
+      .Arg<Integers>()                \
+      .Arg<Integers>()
 
-HANDLER(GatheredConv, Forward);
-HANDLER(GatheredMapGradient, MapGradient);
-HANDLER(GatheredKernelGradient, KernelGradient);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GatheredConv, Forward, OPERANDS.Arg<Integers>().Ret<Floats>().Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GatheredMapGradient, MapGradient, OPERANDS.Ret<Floats>().Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GatheredKernelGradient, KernelGradient, OPERANDS.Ret<Floats>().Attrs());

@@ -5,7 +5,7 @@ convolution once for every sample, and on small maps that takes longer than what
 where they lie. With nothing dropped it is an ordinary convolution, and faster than XLA's.
 
 Letters: N batch, P input and Q output positions, T taps, C input and O output channels, S positions and K channels
-kept.
+kept, L output channels computed.
 """
 
 import math
@@ -45,6 +45,7 @@ def gathered_conv(
     dilation: Sequence[int],
     channels: jax.Array | None = None,
     columns: jax.Array | None = None,
+    features: jax.Array | None = None,
 ) -> jax.Array:
     """Convolution of what is kept of each sample; the rest counts as zero, and is never read.
 
@@ -57,9 +58,12 @@ def gathered_conv(
       channels: integers [N, K], ascending and no two alike, the kept channels of each sample; None for all.
       columns: integers [N, S], numbers of positions in row-major order, no two of a sample alike, those that are kept;
         None for all.
+      features: integers [N, L], ascending and no two alike, the output channels of each sample that are computed, the
+        others being zero; None for all.
 
     Returns:
-      float32 [N, *output space, O]. Its backward pass, of any order, costs the kept share, too.
+      float32 [N, *output space, O]. Its backward pass, of any order, costs the kept share, too, but for `features`:
+      there it costs what it does for all of them.
 
     Raises:
       ValueError: for shapes that do not fit.
@@ -70,7 +74,8 @@ def gathered_conv(
     if x.ndim != kernel.ndim or x.ndim < 3 or x.shape[-1] != kernel.shape[-2]:
         raise ValueError(f"x must be [N, *space, C] and kernel [*taps, C, O], got {x.shape} and {kernel.shape}")
     positions = math.prod(x.shape[1:-1])
-    for name, indices, limit in (("channels", channels, x.shape[-1]), ("columns", columns, positions)):
+    limits = (("channels", channels, x.shape[-1]), ("columns", columns, positions))
+    for name, indices, limit in (*limits, ("features", features, kernel.shape[-1])):
         if indices is not None and not (indices.shape[:-1] == x.shape[:1] and 1 <= indices.shape[-1] <= max(1, limit)):
             raise ValueError(f"{name} must be of shape [{len(x)}, 1..{limit}], got {indices.shape}")
     axes = compat.varying_axes(x) | compat.varying_axes(kernel)
@@ -85,7 +90,8 @@ def gathered_conv(
     if 0 in (*x.shape, *kernel.shape, *out):
         return compat.vary(jnp.zeros((len(x), *out, kernel.shape[-1])), axes)
     batch, outputs = len(x), math.prod(out)
-    if channels is None and columns is None and outputs < MANY_POSITIONS and batch * outputs <= MOST_POSITIONS:
+    everything_kept = channels is None and columns is None and features is None
+    if everything_kept and outputs < MANY_POSITIONS and batch * outputs <= MOST_POSITIONS:
         # Who keeps the same can be one sample of many positions, for which the kernel is read once.
         reads, writes = _of_all_samples(reads, positions, batch), _of_all_samples(writes, outputs, batch)
         batch, outputs = 1, batch * outputs
@@ -93,7 +99,12 @@ def gathered_conv(
     chosen = tuple(everything if i is None else i.astype(jnp.int32) for i in (channels, columns))
     tables = compat.vary((*chosen, jnp.asarray(reads), jnp.asarray(writes)), axes)
     counted = _counted(x, kernel, writes, outputs, batch, *chosen)
-    return _convolution(counted, (batch, outputs), x, kernel, *tables).reshape(len(x), *out, -1)
+    if features is None:
+        y = _convolution(counted, (batch, outputs), x, kernel, *tables)
+    else:
+        few = compat.vary(features.astype(jnp.int32), axes)
+        y = _few_features(counted, (batch, outputs), x, kernel, few, *tables)
+    return y.reshape(len(x), *out, -1)
 
 
 # The convolution and its two gradients are bilinear and close under differentiation: with a gradient u of x, or v of
@@ -102,8 +113,9 @@ def gathered_conv(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _convolution(counted, size, x, kernel, *tables):
-    shape = (*size, kernel.shape[-1])
-    return _call("GatheredConv", counted, x, shape, _flat(size, x), _by_tap(kernel), *tables)
+    shape, everything = (*size, kernel.shape[-1]), jnp.zeros((size[0], 0), jnp.int32)
+    everything = compat.vary(everything, compat.varying_axes(x))
+    return _call("GatheredConv", counted, x, shape, _flat(size, x), _by_tap(kernel), *tables, everything)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -141,6 +153,23 @@ for _function, _rule in ((_map_gradient, _map_gradient_backward), (_kernel_gradi
     _function.defvjp(
         lambda counted, size, shape, *rest, function=_function: (function(counted, size, shape, *rest), rest), _rule
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _few_features(counted, size, x, kernel, features, *tables):
+    shape, few = (*size, kernel.shape[-1]), tuple(n * features.shape[1] // kernel.shape[-1] for n in counted)
+    return _call("GatheredConv", few, x, shape, _flat(size, x), _by_tap(kernel), *tables, features)
+
+
+def _few_features_backward(counted, size, residuals, g):
+    x, kernel, features, *tables = residuals
+    computed = jnp.zeros((size[0], kernel.shape[-1]), bool).at[jnp.arange(size[0])[:, None], features].set(True)
+    g = jnp.where(computed[:, None], g, 0)
+    dx = _map_gradient(counted, size, x.shape, g, kernel, *tables)
+    return dx, _kernel_gradient(counted, size, kernel.shape, g, x, *tables), *_none((features, *tables))
+
+
+_few_features.defvjp(lambda counted, size, *rest: (_few_features(counted, size, *rest), rest), _few_features_backward)
 
 
 def _none(tables):

@@ -1,5 +1,6 @@
 """Every engine against loops in NumPy in float64, in output and gradient."""
 
+import dataclasses
 import itertools
 from fractions import Fraction
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from jaxeff import dynamic
 from jaxeff.dynamic import ENGINES, DynamicSpec
+from jaxeff.dynamic.engines import geometry
 from jaxeff.ops import gathered_conv
 
 # Slabs run in half precision on a GPU: tests/dynamic/test_slabs.py. Widths are nothing that attention chooses.
@@ -168,6 +170,31 @@ def test_engines_equal_loops_for_any_shape(
         **dropped_by(name, ratio), group_size=group_size, tile=tile, engine=name, order=order, reduce=reduce
     )
     check(x, k, spec, (stride, stride))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_output_channels_that_are_not_asked_for_are_zero(name):
+    (x, k), spec = sample(3, 3, (4, 4), 8, 6, 3), DynamicSpec(**dropped_by(name, 0.5), engine=name)
+    features = np.array([[0, 1, 5], [2, 3, 4], [0, 4, 5]], np.int32)
+    there = np.zeros((3, 1, 1, 6))
+    np.put_along_axis(there, features[:, None, None], 1, 3)
+    reader = dynamic.Reader(geometry(x.shape, k.shape), (3, 3))
+
+    def run(x, k):
+        kept = dynamic.select(x, spec, reader)._replace(features=jnp.asarray(features))
+        y, pullback = jax.vjp(lambda x, k: dynamic.conv(x, k, spec, kept=kept), x, k)
+        return y, *pullback(y)
+
+    y, dx, dk = jax.jit(run)(x, k)
+    np.testing.assert_allclose(y, there * gated(x, k, spec)[0], rtol=1e-5, atol=1e-4)
+
+    def masked(x, k):
+        kept = dynamic.select(x, spec, reader)
+        return there * dynamic.conv(x, k, dataclasses.replace(spec, engine="mask"), kept=kept)
+
+    expected, pullback = jax.vjp(masked, x, k)
+    for ours, theirs in zip((dx, dk), pullback(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
 
 
 @settings(max_examples=6, deadline=None)

@@ -9,6 +9,9 @@ from scipy.signal import correlate
 
 from jaxeff import costs, dynamic, models, training
 from jaxeff.dynamic import DynamicSpec
+from jaxeff.ops import autotune, gathered_conv
+
+NATIVE = pytest.mark.skipif(bool(missing := gathered_conv.unavailable(np.float32)), reason=str(missing))
 
 
 def relu_map(seed, *shape):
@@ -59,6 +62,19 @@ def test_a_boosted_layer_is_its_formula(gathered, share, group_size, kept):
     assert (open_channels <= kept * group_size).all()
 
 
+@NATIVE
+def test_measured_boosted_layers_run_in_compiled_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXEFF_CACHE_DIR", str(tmp_path))
+    layer, x = dynamic.BoostedConv(8, 0.5), relu_map(0, 3, 5, 6, 4)
+    variables = started(layer, x)
+    (call,) = dynamic.gated_calls(layer, x)
+    assert set(dynamic.tune(layer, x)) == {call.signature}
+    autotune.remember({call.signature: "native_mask"})
+    np.testing.assert_allclose(layer.apply(variables, x), boosted(variables, x, 4, 1)[0], rtol=2e-5, atol=2e-5)
+    (row,) = dynamic.speed_report(layer, x, rounds=1).rows
+    assert row.engine == "native_mask" and row.counted == 2
+
+
 def test_its_gradient_and_loss_are_those_of_the_formula():
     x = relu_map(0, 2, 4, 4, 3)
     layers = [dynamic.BoostedConv(6, 0.5, gathered=gathered, penalty=0.1) for gathered in (True, False)]
@@ -96,8 +112,9 @@ def test_the_gate_before_the_next_layer_drops_what_the_boosted_layer_closed():
 
 
 @pytest.mark.parametrize("gathered", [True, False])
-def test_a_boosted_layer_with_a_gate_on_its_input_leaves_out_both(gathered):
-    x, settings = relu_map(2, 3, 5, 6, 4), DynamicSpec(channels=0.5, engine="channels")
+@pytest.mark.parametrize("engine", ["channels", pytest.param("native_channels", marks=NATIVE)])
+def test_a_boosted_layer_with_a_gate_on_its_input_leaves_out_both(gathered, engine):
+    x, settings = relu_map(2, 3, 5, 6, 4), DynamicSpec(channels=0.5, engine=engine)
     layer = dynamic.BoostedConv(8, 0.5, gathered=gathered, conv_general_dilated_cls=dynamic.gated(settings))
     variables = started(dynamic.BoostedConv(8, 0.5), x)
     _, g = boosted(variables, x, 4, 1)
@@ -108,7 +125,7 @@ def test_a_boosted_layer_with_a_gate_on_its_input_leaves_out_both(gathered):
     expected = np.maximum(boost * (y + p["norm"]["bias"]), 0)
     np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=2e-5, atol=2e-5)
     (call,) = dynamic.gated_calls(layer, x)
-    assert call.kernel.shape == ((3, 3, 4, 4) if gathered else (3, 3, 4, 8)) and len(call.x.shape) == 4
+    assert call.features == (4 if gathered else None) and call.kernel.shape == (3, 3, 4, 8)
 
 
 def test_a_channel_gated_layer_is_its_formula():

@@ -37,7 +37,7 @@ def by_loops(x, k, strides, padding, dilation, cotangent):
     return y, dx, dk
 
 
-def check(seed, batch, size, channels, features, taps, strides, padding, dilation, kept=None, columns=None):
+def check(seed, batch, size, channels, features, taps, strides, padding, dilation, kept=None, columns=None, made=None):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(batch, *size, channels)).astype(np.float32)
     k = rng.normal(size=(*taps, channels, features)).astype(np.float32)
@@ -50,7 +50,12 @@ def check(seed, batch, size, channels, features, taps, strides, padding, dilatio
         flags = np.zeros((batch, mask.shape[axis]))
         np.put_along_axis(flags, indices, 1, 1)
         mask *= np.expand_dims(flags, 3 - axis)
-    mask = mask.reshape(x.shape)
+    mask, there = mask.reshape(x.shape), np.ones((batch, features))
+    if made is not None:
+        chosen["features"] = jnp.asarray(np.sort([rng.permutation(features)[:made] for _ in range(batch)]), jnp.int32)
+        there = np.zeros((batch, features))
+        np.put_along_axis(there, np.asarray(chosen["features"]), 1, 1)
+    there = there.reshape(batch, *(1,) * len(size), features)
 
     @jax.jit
     def run(x, k, chosen):
@@ -58,33 +63,36 @@ def check(seed, batch, size, channels, features, taps, strides, padding, dilatio
         return y, *pullback(jnp.cos(y))
 
     y, dx, dk = run(np.where(mask, x, np.nan), k, chosen)  # what is dropped is never read
-    expected = by_loops(x * mask, k, strides, padding, dilation, np.cos(np.asarray(y, np.float64)))
-    for ours, theirs in ((y, expected[0]), (dx, expected[1] * mask), (dk, expected[2])):
+    expected = by_loops(x * mask, k, strides, padding, dilation, there * np.cos(np.asarray(y, np.float64)))
+    for ours, theirs in ((y, there * expected[0]), (dx, expected[1] * mask), (dk, expected[2])):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1, np.abs(theirs).max()))
 
 
 @compiled
 @pytest.mark.parametrize(
-    ("batch", "size", "channels", "features", "kept", "columns"),
+    ("batch", "size", "channels", "features", "kept", "columns", "made"),
     [
         # The sizes at which it takes another way: blocks of 64 outputs, vectors of 16, pieces of 128 and 256 positions,
         # products by tap and by patches, kernels that are copied or mirrored first and such that are not.
-        (1, (24, 24), 3, 70, None, None),
-        (2, (18, 16), 20, 17, None, None),
-        (2, (18, 16), 20, 17, 7, None),
-        (2, (18, 16), 20, 17, None, 100),
-        (3, (5, 5), 20, 130, 18, 13),
-        (3, (5, 5), 70, 33, 66, None),
-        (9, (2, 2), 40, 40, 3, None),
-        (9, (2, 2), 40, 40, 30, 3),
-        (5, (4, 4), 17, 65, None, None),
-        (2, (4, 4), 600, 20, 550, None),
-        (2, (6, 6), 1100, 20, 200, None),
-        (1, (3, 3), 20, 6, 9, None),
+        (1, (24, 24), 3, 70, None, None, None),
+        (2, (18, 16), 20, 17, None, None, None),
+        (2, (18, 16), 20, 17, 7, None, None),
+        (2, (18, 16), 20, 17, None, 100, None),
+        (3, (5, 5), 20, 130, 18, 13, None),
+        (3, (5, 5), 70, 33, 66, None, None),
+        (9, (2, 2), 40, 40, 3, None, None),
+        (9, (2, 2), 40, 40, 30, 3, None),
+        (5, (4, 4), 17, 65, None, None, None),
+        (2, (4, 4), 600, 20, 550, None, None),
+        (2, (6, 6), 1100, 20, 200, None, None),
+        (1, (3, 3), 20, 6, 9, None, None),
+        (2, (18, 16), 20, 150, None, None, 90),
+        (3, (5, 5), 20, 40, 9, 13, 17),
+        (2, (6, 6), 3, 20, None, None, 1),
     ],
 )
-def test_every_way_equals_loops(batch, size, channels, features, kept, columns):
-    check(0, batch, size, channels, features, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), kept, columns)
+def test_every_way_equals_loops(batch, size, channels, features, kept, columns, made):
+    check(0, batch, size, channels, features, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), kept, columns, made)
 
 
 @compiled
@@ -106,7 +114,8 @@ def test_any_window_equals_loops(data):
     kept = data.draw(st.sampled_from([None, 1, channels]))
     columns = data.draw(st.sampled_from([None, 1, positions - 1]))
     batch, features = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
-    check(0, batch, size, channels, features, taps, strides, padding, dilation, kept, columns)
+    made = data.draw(st.sampled_from([None, 1, features]))
+    check(0, batch, size, channels, features, taps, strides, padding, dilation, kept, columns, made)
 
 
 @compiled

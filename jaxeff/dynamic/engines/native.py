@@ -18,6 +18,7 @@ def native_conv(
     kernel: jax.Array,
     channels: jax.Array | None = None,
     columns: jax.Array | None = None,
+    features: jax.Array | None = None,
 ) -> jax.Array:
     """Convolution over the kept channels and columns of each sample; exact.
 
@@ -27,11 +28,12 @@ def native_conv(
       kernel: float32 [kh, kw, C, O].
       channels: int32 [N, K], ascending; None for all.
       columns: int32 [N, S], numbers of positions, no two of a sample alike; None for all.
+      features: int32 [N, L], ascending, output channels that are computed, the others being zero; None for all.
 
     Returns:
       [N, H', W', O]. Its backward pass costs the kept share, too.
     """
-    return gathered_conv(x, kernel, window.strides, window.padding, window.dilation, channels, columns)
+    return gathered_conv(x, kernel, window.strides, window.padding, window.dilation, channels, columns, features)
 
 
 def native_misfit(dtype: Any) -> str | None:
