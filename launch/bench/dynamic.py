@@ -114,6 +114,35 @@ def conv_engines(case: str, pairs: int) -> Iterator[dict[str, Any]]:
             )  # fmt: skip
 
 
+def conv_features(pairs: int) -> Iterator[dict[str, Any]]:
+    """The same where half of the output channels are closed by a gate that learns, alone and with half of the input."""
+    if engines.native_misfit(jnp.float32):
+        return
+    settings = {
+        "outputs": DynamicSpec(engine="native_mask"),
+        "both": DynamicSpec(channels=0.5, engine="native_channels"),
+    }
+    for batch in (1, 8):
+        x, kernel = layer(batch, 16, 256, 256)
+        window = engines.geometry(x.shape, kernel.shape)
+        run = {name: compiled(form, x, kernel) for name, form in dense_forms(settings["both"], x, kernel).items()}
+        forms, rng = list(run), np.random.default_rng(1)
+        opened = jnp.asarray(np.sort([rng.permutation(256)[:128] for _ in range(batch)]), jnp.int32)
+        for name, chosen in settings.items():
+
+            def some(x, k, features, chosen=chosen, window=window):
+                kept = dynamic.select(x, chosen, dynamic.Reader(window, (3, 3)))._replace(features=features)
+                return dynamic.conv(x, k, chosen, kept=kept)
+
+            run[name] = compiled(some, x, kernel, opened)
+        times = contest(run, pairs=pairs, seconds=TURN)
+        dense = times.fastest(*forms)
+        for name in settings:
+            yield results.time_ratio(
+                f"conv_features.batch{batch}.{name}", times, dense, name, against=f"dense ({dense})", better="higher"
+            )
+
+
 # Map size, input and output channels of a 3x3 convolution: of VGG-16 and ResNet-50 on small images.
 LAYERS = (
     (32, 64, 64),
@@ -379,6 +408,7 @@ def gpu_vgg16(pairs: int, size: int = 224, batches: tuple[int, ...] = (64, 256))
 
 CASES = {
     **{case: partial(conv_engines, case) for case in ENGINES_OF},
+    "conv_features": conv_features,
     "efficiency": efficiency,
     **{case: partial(vgg16, case) for case in VGG16},
     "train_step": train_step,
