@@ -4,8 +4,9 @@
     JAXEFF_DATA=DIR python -m launch.train --config=configs/dynamic/accuracy.py:cifar10 --workdir=runs/pruned10
 
 A VGG of six convolutions is trained for twelve epochs. From its weights on, two networks are trained for four more
-(twelve on CIFAR-10, where networks of so few epochs still learn, and faster with all of their channels): itself, and one whose gates drop more and more channels of its last block, two thirds of them after a tenth of the
-steps. Without any training, the same gates rank by attention, at random and by inverse attention.
+(on CIFAR-10 for twelve, as networks of so few epochs still learn there, and faster with all of their channels): itself,
+and one whose gates drop more and more channels of its last block, two thirds of them after a tenth of the steps.
+Without any training, the same gates rank by attention, at random and by inverse attention.
 
 Channels are ranked by their root mean square and the ratios climb fast, as that was better than the mean and a slow
 climb (by 0.3 and 0.2 points, with one seed, on the test images of Fashion-MNIST; CIFAR-10 had no part in it).
