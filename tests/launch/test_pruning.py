@@ -7,8 +7,9 @@ import pytest
 
 from configs.classification import gates, learned, network, sgd
 from configs.dynamic import accuracy, cascade, fashion_mnist_vgg, one_for_all
+from configs.dynamic import learned as learned_experiment
 from jaxeff import data, dynamic, training
-from launch import pruning, train
+from launch import classifier, pruning, train
 
 PLAN = (4, "M", 8, 8)
 NETWORKS = ("whole", "chosen", "sandwich", "untrained", "boosted", "channel_gated")
@@ -119,6 +120,7 @@ def test_the_experiment_has_a_smoke_form_that_runs(tmp_path):
         (accuracy, ("cifar10",), (32, 32, 3)),
         (one_for_all, ("", "smoke"), (28, 28, 1)),
         (cascade, ("", "smoke"), (28, 28, 1)),
+        (learned_experiment, ("", "smoke"), (28, 28, 1)),
     ],
 )
 def test_the_networks_of_the_other_experiments_can_be_made(experiment, arguments, image):
@@ -132,6 +134,25 @@ def test_the_networks_of_the_other_experiments_can_be_made(experiment, arguments
         for name in asked:
             for call in dynamic.gated_calls(modules[name], np.zeros((1, *image), np.float32)) if asked[name] else ():
                 call.settings.groups_kept(call.x.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes", "message"),
+    [
+        (learned("gumbel"), {}, "learned: method must be one of 'boosted', 'channel_gated', got 'gumbel'"),
+        (learned("boosted", base=0.5), {}, "learned, method 'boosted': unknown field base; valid fields: method, chan"),
+        (learned("boosted"), {"kind": "t4"}, "first-order layers with their own backward, got {'kind': 't4'}"),
+        (learned("channel_gated"), {"save": "x"}, "first-order layers .* got {'save': 'x'}"),
+        (learned("boosted", channels=1.0), {}, "channels is the share that is dropped"),
+    ],
+)
+def test_gates_that_learn_say_what_is_wrong_with_them(asked, changes, message):
+    digits, section = data.load("digits", "train[:8]"), network("vgg", plan=PLAN, **changes)
+    section.learned = asked
+    with pytest.raises(ValueError, match=message):
+        pruning.network(section, digits)
+    with pytest.raises(ValueError, match="learned: only launch.train prunes"):
+        classifier.network(section, digits)
 
 
 def test_dense_networks_are_left_as_they_are():
