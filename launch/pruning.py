@@ -42,15 +42,14 @@ def network(section: Mapping[str, Any], dataset: data.Dataset, dtype: str = "flo
     module = classifier.network(own, dataset, dtype)
     if learned is not None:
         module = module.clone(conv=_learned(learned, own))
-        inputs = jax.ShapeDtypeStruct((1, *module.architecture.input_shape), np.float32)
-        jax.eval_shape(module.init, jax.random.key(0), inputs)
     if asked is None:
-        return module
+        return _that_can_be_made(module) if learned is not None else module
     check(asked)
     found = dynamic.blocks(module.architecture)
     rows = [_row(asked, index, len(found)) for index in range(len(found))]
     settings = [dynamic.DynamicSpec(**row, **{name: asked[name] for name in SPEC if name not in row}) for row in rows]
-    return module.clone(architecture=dynamic.gate(module.architecture, settings), gate=dynamic.gate_layer)
+    module = module.clone(architecture=dynamic.gate(module.architecture, settings), gate=dynamic.gate_layer)
+    return _that_can_be_made(module)
 
 
 def check(asked: Mapping[str, Any]) -> None:
@@ -164,7 +163,8 @@ def chosen(
     measured = dynamic.sensitivity(module.apply, weights(state), images, labels, paths, names=names)
     figures.draw_sensitivity(measured, path)
     if asked["macs"] is not None:
-        table = dynamic.ratios_within_macs(architecture, report, measured, asked["macs"], dimensions=free)
+        given = {"dimensions": free, "conv": module.conv}
+        table = dynamic.ratios_within_macs(architecture, report, measured, asked["macs"], **given)
     elif asked["seconds"] is not None:
         inputs = jax.ShapeDtypeStruct((batch, *architecture.input_shape), np.float32)
         table = dynamic.ratios_within_seconds(module, inputs, architecture, measured, asked["seconds"], dimensions=free)
@@ -233,8 +233,10 @@ def tune(module: models.Network, asked: Mapping[str, Any], config: Mapping[str, 
     if steps - _pace(asked, ratios(module), steps)[1] < WORTH_TUNING:
         return
     images = jax.ShapeDtypeStruct((config["batch_size"], *module.architecture.input_shape), np.float32)
-    if not all(autotune.lookup(call.signature) for call in dynamic.gated_calls(module, images)):
-        dynamic.tune(module, images, train=True)
+    # As they are while they learn: boosted layers, which leave out nothing then, are others in use.
+    options = {"train": True}
+    if not all(autotune.lookup(call.signature) for call in dynamic.gated_calls(module, images, options=options)):
+        dynamic.tune(module, images, options=options, train=True)
 
 
 def weights(state: training.TrainState) -> dict[str, Any]:
@@ -312,6 +314,13 @@ def deployed(
         "layers": layers,
         "table": str(measured),
     }
+
+
+def _that_can_be_made(module: models.Network) -> models.Network:
+    """The network, whose layers have said what is wrong with them, before anything is trained."""
+    images = jax.ShapeDtypeStruct((1, *module.architecture.input_shape), np.float32)
+    jax.eval_shape(module.init, jax.random.key(0), images)
+    return module
 
 
 def _learned(asked: Mapping[str, Any], section: Mapping[str, Any]) -> Callable[..., Any]:

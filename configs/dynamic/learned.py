@@ -6,6 +6,9 @@ Five networks of one architecture: dense; by attention, half of the channels tha
 (FBS), half of those that it gives closed; both; and channel-gated, each output finished only where a quarter of the
 channels says so. Counted are multiply-accumulates, timed are the forms in use: no engine leaves out single outputs, so
 channel gating saves nothing on the clock.
+
+A quarter of an hour on two CPU cores; not timed on a GPU yet. Expected: dense 91.3 %, attention 89.6 %, boosted 90.0 %,
+both 89.9 %, channel-gated 90.4 %, at 5.5, 2.8, 2.8, 1.4 and 3.3 million multiply-accumulates.
 """
 
 from ml_collections import ConfigDict

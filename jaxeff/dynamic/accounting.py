@@ -5,6 +5,7 @@ k_o / Q of that (padding taps included, the convention of the pruning literature
 of that what its gate leaves open. Counted is not measured: see `jaxeff.dynamic.speed_report` for the clock.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -55,7 +56,8 @@ def counted_macs(
 
     Args:
       architecture: with gates, for example of `jaxeff.dynamic.gate`.
-      report: `jaxeff.costs.analyze` of the network without these gates, for one image.
+      report: `jaxeff.costs.analyze` of the network without these gates, for one image; where gates learn, in the
+        "xla" convention, of the network as it is trained, as in use compiled code may leave out what they close.
       conv: convolution factory of the network, where its layers have gates that learn, for example
         `jaxeff.dynamic.boosted_conv()`.
       opened: share of the outputs that such gates leave open, by path, where they do not fix it themselves; see
@@ -81,10 +83,12 @@ def counted_macs(
             if not dense:
                 raise ValueError(f"the report has no multiply-accumulates of layer {path!r}: is it of this network?")
             learned = _learned(conv, layer)
-            if learned is not None:
+            if learned is not None and isinstance(layer, spec.Conv):
                 choosing = sum(macs(f"{path}/layer/{name}") for name in learned.choosing)
                 ranking += choosing + learned.additions(shapes[path].input)
                 dense -= choosing
+                if report.convention == "paper":
+                    dense = math.prod(shapes[path].output) * math.prod(layer.kernel) * shapes[path].input[-1]
                 try:
                     left *= learned.left(shapes[path].input[-1], None if opened is None else opened.get(path))
                 except ValueError as error:

@@ -8,7 +8,7 @@ Letters: B blocks, R ratios of the grid.
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -33,6 +33,7 @@ def ratios_within_macs(
     share: float,
     *,
     dimensions: Sequence[str] = ("channels",),
+    conv: Callable[..., Any] | None = None,
 ) -> np.ndarray:
     """Ratios at which the network counts no more than a share of its multiply-accumulates.
 
@@ -42,6 +43,8 @@ def ratios_within_macs(
       found: how much accuracy each block loses.
       share: of all multiply-accumulates, in (0, 1].
       dimensions: what may be dropped, of "channels" and "columns".
+      conv: convolution factory of the network, where its layers have gates that learn: the share is then of what these
+        leave.
 
     Returns:
       [B, 2], channels and columns, for `jaxeff.dynamic.with_ratios` or `ratio_ascent`.
@@ -53,11 +56,11 @@ def ratios_within_macs(
     owner = _blocks_of_readers(architecture)
     rows = np.zeros((len(found.names), len(options)))
     for column, option in enumerate(options):
-        table = counted_macs(with_ratios(architecture, [_pair(found, option)] * len(rows)), report)
+        table = counted_macs(with_ratios(architecture, [_pair(found, option)] * len(rows)), report, conv=conv)
         for path, block in owner.items():
             rows[block, column] += table[path].counted
     total = table["total"].dense
-    rest = total - sum(table[path].dense for path in owner)
+    rest = table["total"].counted - sum(table[path].counted for path in owner)
     try:
         return _chosen(found, options, rows, share * total - rest)
     except ValueError as error:
@@ -101,6 +104,8 @@ def ratios_within_seconds(
     rows, dense, measured = np.zeros((len(found.names), len(options))), 0.0, {}
     footprint = parameter_bytes(network, x)
     for call in gated_calls(network, x):
+        if _leaves_out_outputs_alone(call, owner):
+            continue
         name = call.signature
         if name not in measured:
             measured[name] = _layer_seconds(call, [_pair(found, option) for option in options], rounds, footprint)
@@ -214,6 +219,11 @@ def _chosen(found, options, rows, budget) -> np.ndarray:
 def _blocks_of_readers(architecture: spec.Architecture) -> dict[str, int]:
     reads = readers(architecture)
     return {reads[path]: index for index, paths in enumerate(blocks(architecture)) for path in paths}
+
+
+def _leaves_out_outputs_alone(call, owner) -> bool:
+    """Whether a layer has a gate that learns, on what it gives, and none on what it reads."""
+    return call.features is not None and call.path.removesuffix("/layer") not in owner
 
 
 def _owner(owner: dict[str, int], path: str) -> int:

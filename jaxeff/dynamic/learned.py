@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import lax
 
@@ -97,7 +98,9 @@ class BoostedConv(nn.Module):
         chosen = top_k_indices(lax.stop_gradient(g), kept)
         # The gate is one of this layer, so that its path is what it is in every other layer.
         convolve: Any = conv_general_dilated
-        few = self.gathered and not train and kept < groups
+        # What a gated convolution refuses is computed whole.
+        cropped = not isinstance(self.padding, str) and np.min(self.padding) < 0
+        few = self.gathered and not train and kept < groups and x.size > 0 and not cropped
         if self.conv_general_dilated_cls is not None or few:
             convolve = (self.conv_general_dilated_cls or gated(DynamicSpec()))()
         # Ratios that are traced may be one per sample.

@@ -100,6 +100,7 @@ class Gated(nn.Module):
         """Calls the network."""
         seen: list[str] = []
         made: list[Any] = []
+        inside: list[str] = []
         root = len(_path(self))
 
         def intercept(call, call_args, call_kwargs, context):
@@ -107,6 +108,8 @@ class Gated(nn.Module):
             if context.method_name != "__call__" or not hasattr(module, "conv_general_dilated_cls"):
                 return call(*call_args, **call_kwargs)
             path = "/".join(_path(module)[root:])
+            if any(path.startswith(f"{outer}/") for outer in inside):
+                return call(*call_args, **call_kwargs)
             seen.append(path)
             settings = next((s for name, s in self.gates.items() if fnmatch.fnmatchcase(path, name)), None)
             own = module.conv_general_dilated_cls
@@ -115,12 +118,16 @@ class Gated(nn.Module):
             if own is not None:
                 raise ValueError(f"gate before {path!r}: the layer has a conv_general_dilated_cls already, {own!r}")
             made.append(gated(settings))
-            # The same module with another convolution, in the place of the one that was called.
+            # The same module with another convolution, in the place of the one that was called. What is inside it, such
+            # as the convolution of a boosted layer, has the gate already.
             gated_module = module.clone(parent=module.scope, conv_general_dilated_cls=made[-1])
+            inside.append(path)
             try:
                 return gated_module(*call_args, **call_kwargs)
             except ValueError as error:
                 raise ValueError(f"gate before {path!r}: {error}") from error
+            finally:
+                inside.pop()
 
         with nn.intercept_methods(intercept):
             result = self.network(*args, **kwargs)

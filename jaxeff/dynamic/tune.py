@@ -24,7 +24,7 @@ def tune(
       module: a Linen module, for example `jaxeff.models.Network` or `jaxeff.dynamic.Gated`.
       *inputs: what it is called with, of the batch size that matters: pytrees of arrays, `jax.ShapeDtypeStruct` and
         numbers.
-      options: keyword arguments of its call.
+      options: keyword arguments of its call, such as {"train": True} where the network is another while it learns.
       train: whether forward and backward pass are measured together, or the forward pass alone. The table has one
         engine for each shape, that of the last measurement: who trains and serves at one batch size measures before
         each.

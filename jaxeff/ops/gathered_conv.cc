@@ -6,8 +6,9 @@
 // of a core when the next sample reads its own rows of it.
 //
 // Letters: N batch, P input and Q output positions, T taps, C input and O output channels; of each sample S positions
-// and K channels are kept, and L output channels computed. The map is [N, P, C], the kernel [T, C, O], `reads` [T, Q] says which input position an output
-// reads through a tap, or P for none, and `writes` [T, P] which output an input contributes to, or Q.
+// and K channels are kept, and L output channels computed. The map is [N, P, C], the kernel [T, C, O], `reads` [T, Q]
+// says which input position an output reads through a tap, or P for none, and `writes` [T, P] which output an input
+// contributes to, or Q.
 
 #include <algorithm>
 #include <array>
@@ -106,8 +107,8 @@ constexpr std::array<Product, sizeof...(I)> Products(std::integer_sequence<int, 
 constexpr auto kSizes = std::make_integer_sequence<int, kRows * kVectors>();
 constexpr auto kProducts = Products<false>(kSizes), kFetching = Products<true>(kSizes);
 
-// The same for any number of rows, in tiles of nearly equal height. What is read next is fetched with the first of them,
-// as no processor foresees a list of indices.
+// The same for any number of rows, in tiles of nearly equal height. What is read next is fetched with the first of
+// them, as no processor foresees a list of indices.
 void MultiplyRows(int vectors, int64_t count, int64_t depth, Rows<const float> a, const int64_t* a_at, const float* b,
                   const int64_t* b_at, Rows<float> sums, Ahead ahead = {}) {
   for (int64_t tiles = (count + kRows - 1) / kRows, from = 0; tiles > 0; --tiles) {
@@ -245,7 +246,9 @@ struct Pairs {
   }
 };
 
-ffi::Error Invalid(const std::string& message) { return ffi::Error::InvalidArgument("gathered convolution: " + message); }
+ffi::Error Invalid(const std::string& message) {
+  return ffi::Error::InvalidArgument("gathered convolution: " + message);
+}
 
 // Indices of each of `rows` samples: in range, no two alike, and ascending where that is asked for.
 ffi::Error CheckIndices(const char* what, const int32_t* indices, int64_t rows, int64_t count, int64_t limit,

@@ -66,6 +66,7 @@ def gathered_conv(
       there it costs what it does for all of them.
 
     Raises:
+      TypeError: for indices that are not integers.
       ValueError: for shapes that do not fit.
       jaxeff.ops.native.UnavailableError: where the code cannot be had; `unavailable` asks before.
       jax.errors.JaxRuntimeError: while it runs, for indices that are out of range or in another order.
@@ -76,6 +77,8 @@ def gathered_conv(
     positions = math.prod(x.shape[1:-1])
     limits = (("channels", channels, x.shape[-1]), ("columns", columns, positions))
     for name, indices, limit in (*limits, ("features", features, kernel.shape[-1])):
+        if indices is not None and not jnp.issubdtype(indices.dtype, jnp.integer):
+            raise TypeError(f"{name} must be integers, got {indices.dtype}")
         if indices is not None and not (indices.shape[:-1] == x.shape[:1] and 1 <= indices.shape[-1] <= max(1, limit)):
             raise ValueError(f"{name} must be of shape [{len(x)}, 1..{limit}], got {indices.shape}")
     axes = compat.varying_axes(x) | compat.varying_axes(kernel)

@@ -335,6 +335,12 @@ def test_engines_on_shards_of_a_batch(name):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_groups_are_found_in_a_program_of_64_bits():
+    x, k = sample(2, 3, (4, 4), 8, 3, 3)
+    with jax.enable_x64(True):
+        check(x.astype(np.float64), k.astype(np.float64), DynamicSpec(channels=0.5, group_size=2, engine="grouped"))
+
+
 @pytest.mark.parametrize("name", having(lambda name: name.startswith("fused")))
 def test_interpreted_kernels_say_why_they_do_not_run_in_a_checked_shard_map(name):
     x, k = sample(13, 2, (4, 4), 4, 3, 3)

@@ -1,5 +1,6 @@
 """Gates that learn against NumPy in float64, as layers, in networks, and with their losses in training."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,6 +231,64 @@ def test_counted_is_what_the_gates_leave_open():
     assert table["conv1"].counted == macs["conv1"]  # a quarter of two channels is none, so nothing is gated
     with pytest.raises(ValueError, match="layer 'conv2': channel gating opens as many outputs as its input asks for"):
         counted(gating)
+
+
+@NATIVE
+def test_what_compiled_code_leaves_out_is_not_counted_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXEFF_CACHE_DIR", str(tmp_path))
+    architecture, conv = models.cnn((8, 8), pools=1, input_shape=(6, 6, 2)), dynamic.boosted_conv(channels=0.5)
+    network, images = models.Network(architecture, conv=conv), jnp.zeros((1, 6, 6, 2))
+    variables = network.init(jax.random.key(0), images)
+    calls = dynamic.gated_calls(network, images)
+    for engine in ("mask", "native_mask"):
+        autotune.remember({call.signature: engine for call in calls})
+        report = costs.analyze(lambda *args: network.apply(*args), variables, images, residuals=False)
+        table = dynamic.counted_macs(architecture, report, conv=conv)
+        assert table["conv1"].dense == 36 * 9 * 2 * 8 and table["conv1"].counted == 36 * 9 * 2 * 4
+
+
+def test_budgets_of_boosted_networks_are_of_what_they_leave():
+    plain = models.cnn((8, 8, 8), pools=1, input_shape=(6, 6, 2))
+    architecture, conv = dynamic.gate(plain, DynamicSpec()), dynamic.boosted_conv(channels=0.5)
+    network = models.Network(plain, conv=conv)
+    images = jnp.zeros((1, 6, 6, 2))
+    variables = network.init(jax.random.key(0), images)
+    apply = lambda variables, x: network.apply(variables, x, True, mutable=[*variables])[0]
+    report = costs.analyze(apply, variables, images, residuals=False)
+    names, grid = ("conv1", "conv2"), (0.0, 0.25, 0.5, 0.75)
+    accuracy = 1 - 0.1 * np.broadcast_to(np.array(grid), (2, 2, 4))
+    found = dynamic.Sensitivity(grid, accuracy, names)
+    for share in (0.3, 0.4, 0.51):
+        ratios = dynamic.ratios_within_macs(architecture, report, found, share, conv=conv)
+        left = dynamic.counted_macs(dynamic.with_ratios(architecture, ratios), report, conv=conv)["total"]
+        assert left.counted <= share * left.dense
+    assert not ratios.any()  # half is what the boosted layers leave anyway
+    gated = models.Network(architecture, conv=conv, gate=dynamic.gate_layer)
+    assert dynamic.ratios_within_seconds(gated, images, architecture, found, 50.0, rounds=1).shape == (2, 2)
+
+
+def test_what_a_gated_convolution_refuses_is_computed_whole():
+    x, layer = relu_map(0, 2, 5, 5, 4), dynamic.BoostedConv(8, 0.5, padding=((-1, 0), (0, 0)))
+    variables = started(layer, x)
+    whole = dynamic.BoostedConv(8, 0.5, padding=((-1, 0), (0, 0)), gathered=False)
+    np.testing.assert_array_equal(layer.apply(variables, x), whole.apply(variables, x))
+    layer = dynamic.BoostedConv(8, 0.5)
+    assert layer.apply(started(layer, x), x[:0]).shape == (0, 5, 5, 8)
+
+
+def test_a_glob_that_matches_what_is_inside_a_boosted_layer_gates_it_once():
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return dynamic.BoostedConv(8, 0.5, name="b")(nn.Conv(4, (3, 3), name="a")(x))
+
+    x, settings = relu_map(0, 2, 5, 5, 4), DynamicSpec(channels=0.5)
+    for glob in ("*b*", "b"):
+        network = dynamic.Gated(Own(), {glob: settings})
+        variables = network.init(jax.random.key(0), x)
+        gates = [call for call in dynamic.gated_calls(network, x) if call.settings == settings]
+        assert [call.path for call in gates] == ["b"]
+        assert set(variables["params"]) == {"a", "b"}
 
 
 def test_bad_input_is_refused():

@@ -9,6 +9,7 @@ from configs.classification import gates, learned, network, sgd
 from configs.dynamic import accuracy, cascade, fashion_mnist_vgg, one_for_all
 from configs.dynamic import learned as learned_experiment
 from jaxeff import data, dynamic, training
+from jaxeff.ops import autotune
 from launch import classifier, pruning, train
 
 PLAN = (4, "M", 8, 8)
@@ -134,6 +135,29 @@ def test_the_networks_of_the_other_experiments_can_be_made(experiment, arguments
         for name in asked:
             for call in dynamic.gated_calls(modules[name], np.zeros((1, *image), np.float32)) if asked[name] else ():
                 call.settings.groups_kept(call.x.shape[-1])
+
+
+def test_channel_gating_beside_a_gate_is_refused_before_anything_is_trained():
+    digits, section = data.load("digits", "train[:8]"), network("vgg", plan=PLAN)
+    section.learned, section.gates = learned("channel_gated"), gates(0.5)
+    with pytest.raises(ValueError, match="has a gate on its input already; channel gating takes none"):
+        pruning.network(section, digits)
+
+
+def test_engines_for_training_are_those_of_the_network_as_it_learns(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXEFF_CACHE_DIR", str(tmp_path))
+    digits, section = data.load("digits", "train[:8]"), network("vgg", plan=PLAN)
+    section.learned, section.gates = learned("boosted", channels=0.5), gates(0.5, increment=0.4)
+    module = pruning.network(section, digits)
+    measured = {}
+    monkeypatch.setattr(
+        autotune, "fastest", lambda forms, *rest, **options: measured.setdefault("channels", "channels")
+    )
+    pruning.tune(module, section.gates, {"batch_size": 4}, 1000)
+    images = np.zeros((4, 8, 8, 1), np.float32)
+    calls = dynamic.gated_calls(module, images, options={"train": True})
+    assert len(calls) == 2 and measured
+    assert all(call.features is None and autotune.lookup(call.signature) == "channels" for call in calls)
 
 
 @pytest.mark.parametrize(

@@ -270,3 +270,11 @@ def test_it_says_why_it_cannot_be_had(monkeypatch):
         assert "it is made for CPU, and the backend is gpu" in module.unavailable(jnp.float32)
     monkeypatch.setattr(native, "reason", lambda *_: "there is no C++ compiler")
     assert module.unavailable(jnp.float32) == "there is no C++ compiler"
+
+
+@compiled
+@pytest.mark.parametrize("name", ["channels", "columns", "features"])
+def test_indices_that_are_no_integers_are_refused(name):
+    x, k = jnp.zeros((1, 4, 4, 3)), jnp.zeros((3, 3, 3, 2))
+    with pytest.raises(TypeError, match=f"{name} must be integers, got float32"):
+        gathered_conv(x, k, (1, 1), ((1, 1), (1, 1)), (1, 1), **{name: jnp.zeros((1, 1))})

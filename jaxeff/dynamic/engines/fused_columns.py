@@ -74,7 +74,8 @@ def fused_columns(
       interpret: run the kernel interpreted; None does so where there is no GPU.
 
     Returns:
-      The output and its attention. Gradients pass through y alone.
+      The output and its attention, whose sums over positions take one more look at y, as a tile has rows of several
+      samples. Gradients pass through y alone.
 
     Raises:
       ValueError: inside `shard_map` without a GPU, see `interpreted`.

@@ -88,7 +88,7 @@ def _backward(window, size, residuals, g):
         by_x, by_kernel = pullback(jnp.concatenate([lax.dynamic_slice_in_dim(g, n, 1) for n in tile.samples]))
         start = tile.group * size
         for i, sample in enumerate(tile.samples):
-            dx = lax.dynamic_update_slice(dx, by_x[i : i + 1], (sample, 0, 0, start))
+            dx = lax.dynamic_update_slice(dx, by_x[i : i + 1], _at(sample, start))
         by_kernel = by_kernel + _slab_of(dk, tile.group, size)
         return dx, lax.dynamic_update_slice_in_dim(dk, by_kernel, start, 2)
 
@@ -110,7 +110,7 @@ def _over_tiles(kept: jax.Array, add: Callable[[_Tile, Any], Any], carry: Any) -
             tiles, first = counts // size, jnp.zeros_like(counts)
         else:
             tiles, first = counts // size % 2, counts // (2 * size) * (2 * size)
-        ends = jnp.cumsum(tiles)
+        ends = jnp.cumsum(tiles, dtype=jnp.int32)
 
         def body(i, carry, size=size, tiles=tiles, first=first, ends=ends):
             group = jnp.searchsorted(ends, i, side="right").astype(jnp.int32)
@@ -125,7 +125,13 @@ def _over_tiles(kept: jax.Array, add: Callable[[_Tile, Any], Any], carry: Any) -
 def _slabs(x: jax.Array, tile: _Tile, size: int) -> jax.Array:
     """The channels of a tile's group, of its samples: [tile, H, W, size]."""
     start, shape = tile.group * size, (1, *x.shape[1:-1], size)
-    return jnp.concatenate([lax.dynamic_slice(x, (sample, 0, 0, start), shape) for sample in tile.samples])
+    return jnp.concatenate([lax.dynamic_slice(x, _at(sample, start), shape) for sample in tile.samples])
+
+
+def _at(sample: jax.Array, channel: jax.Array) -> tuple[jax.Array, ...]:
+    """Where a slab begins: all of one type, as lax asks for and Python's 0 is not under `jax_enable_x64`."""
+    zero = jnp.zeros_like(sample)
+    return sample, zero, zero, channel.astype(sample.dtype)
 
 
 def _slab_of(kernel: jax.Array, group: jax.Array, size: int) -> jax.Array:

@@ -31,7 +31,7 @@ def native_conv(
       features: int32 [N, L], ascending, output channels that are computed, the others being zero; None for all.
 
     Returns:
-      [N, H', W', O]. Its backward pass costs the kept share, too.
+      [N, H', W', O]. Its backward pass costs the kept share of channels and columns, too.
     """
     return gathered_conv(x, kernel, window.strides, window.padding, window.dilation, channels, columns, features)
 
