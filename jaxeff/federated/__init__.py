@@ -11,16 +11,22 @@ from jaxeff.federated.partition import (
     quantity,
     with_noise,
 )
+from jaxeff.federated.permutation import Permutations, derive, permute, random_perms, verify
 
 __all__ = [
+    "Permutations",
     "Partition",
     "by_classes",
     "by_key",
+    "derive",
     "dirichlet",
     "group_weights",
     "iid",
     "noise_levels",
     "paired_average",
+    "permute",
     "quantity",
+    "random_perms",
+    "verify",
     "with_noise",
 ]

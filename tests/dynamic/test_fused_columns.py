@@ -25,11 +25,11 @@ def mask_of(indices, size):
 @pytest.mark.parametrize(
     ("size", "channels", "features", "kernel", "strides", "padding", "drops"),
     [
-        ((5, 6), 20, 24, 3, (1, 1), "SAME", "columns"),
-        ((5, 6), 20, 24, 3, (1, 1), "SAME", "columns channels"),
+        ((4, 5), 20, 24, 3, (1, 1), "SAME", "columns"),
+        ((4, 5), 20, 24, 3, (1, 1), "SAME", "columns channels"),
         ((7, 6), 16, 16, 3, (2, 1), "SAME", "outputs"),
         ((6, 6), 17, 8, 1, (1, 2), "VALID", "columns channels outputs"),
-        ((6, 7), 5, 3, 7, (1, 1), ((2, 1), (0, 3)), "columns outputs"),  # 49 taps: two words
+        ((6, 7), 5, 3, 6, (1, 1), ((2, 1), (0, 3)), "columns outputs"),  # 36 taps: two words
         ((4, 4), 16, 16, 3, (1, 1), "SAME", ""),
     ],
 )

@@ -35,7 +35,7 @@ def by_loops(stacked, omega, weights, previous):
     return {**found, "turned": np.stack(turned, 1)}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(count=st.integers(1, 6), groups=st.integers(1, 4), seed=st.integers(0, 99))
 def test_it_equals_loops_over_clients_and_groups(count, groups, seed):
     rng = np.random.default_rng(seed)
