@@ -1,5 +1,6 @@
 """Federated learning: who holds what, and what clients learn of it together."""
 
+from jaxeff.federated.matching import assign, weight_match
 from jaxeff.federated.paired import group_weights, paired_average
 from jaxeff.federated.partition import (
     Partition,
@@ -16,6 +17,7 @@ from jaxeff.federated.permutation import Permutations, derive, permute, random_p
 __all__ = [
     "Permutations",
     "Partition",
+    "assign",
     "by_classes",
     "by_key",
     "derive",
@@ -28,5 +30,6 @@ __all__ = [
     "quantity",
     "random_perms",
     "verify",
+    "weight_match",
     "with_noise",
 ]

@@ -212,10 +212,11 @@ def _leaves(axis: Axis) -> list[Fixed | Free]:
     return [leaf for part in axis.parts for leaf in _leaves(part)] if isinstance(axis, Product | Sum) else [axis]
 
 
-def _size(axis: Axis) -> int:
+def size_of(axis: Axis) -> int:
+    """Length of an axis."""
     if isinstance(axis, Product):
-        return int(np.prod([_size(part) for part in axis.parts]))
-    return sum(map(_size, axis.parts)) if isinstance(axis, Sum) else axis.size
+        return int(np.prod([size_of(part) for part in axis.parts]))
+    return sum(map(size_of, axis.parts)) if isinstance(axis, Sum) else axis.size
 
 
 def _places(axis: Axis, perms: Perms) -> jax.Array:
@@ -223,10 +224,10 @@ def _places(axis: Axis, perms: Perms) -> jax.Array:
     if isinstance(axis, Product):
         places = jnp.zeros(1, jnp.int32)
         for part in axis.parts:
-            places = (places[:, None] * _size(part) + _places(part, perms)).reshape(-1)
+            places = (places[:, None] * size_of(part) + _places(part, perms)).reshape(-1)
         return places
     if isinstance(axis, Sum):
-        starts = np.cumsum([0, *map(_size, axis.parts)])
+        starts = np.cumsum([0, *map(size_of, axis.parts)])
         return jnp.concatenate([int(s) + _places(part, perms) for s, part in zip(starts, axis.parts, strict=False)])
     if isinstance(axis, Free) and axis.name in perms:
         return jnp.asarray(perms[axis.name], jnp.int32)
