@@ -1,5 +1,6 @@
 """Federated learning: who holds what, and what clients learn of it together."""
 
+from jaxeff.federated import robust
 from jaxeff.federated.matching import assign, weight_match
 from jaxeff.federated.paired import group_weights, paired_average
 from jaxeff.federated.partition import (
@@ -29,6 +30,7 @@ __all__ = [
     "permute",
     "quantity",
     "random_perms",
+    "robust",
     "verify",
     "weight_match",
     "with_noise",

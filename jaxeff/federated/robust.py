@@ -1,0 +1,236 @@
+"""Aggregates that a few bad clients cannot move: medians, trimmed means, Krum, MultiKrum, Bulyan, clipped updates.
+
+All are functions of stacked trees [N, ...] and of who is counted, [N], concrete or traced: clients that dropped out,
+sent what is not finite, or own nothing of a group have no part. `by_group` makes any of them one of Fed2's, over the owners
+of each group alone.
+
+Krum and Bulyan are those of Blanchard et al. (NeurIPS 2017) and El Mhamdi et al. (ICML 2018), the trimmed mean and the
+median those of Yin et al. (ICML 2018). They need single updates, so they rule out secure aggregation.
+
+Letters: N clients, n of them counted, f byzantine ones, G groups.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Tree = Any
+Aggregate = Callable[[Tree, jax.Array], Tree]
+
+
+def finite_clients(stacked: Tree) -> jax.Array:
+    """Which clients sent nothing but finite numbers: bool [N]."""
+    found = [
+        jnp.isfinite(leaf).reshape(len(leaf), -1).all(1)
+        for leaf in jax.tree.leaves(stacked)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    return jnp.stack(found).all(0) if found else jnp.ones(len(jax.tree.leaves(stacked)[0]), bool)
+
+
+def clipped(stacked: Tree, reference: Tree, norm: float | jax.Array) -> Tree:
+    """Clients drawn towards a reference until their distance from it is no more than `norm`.
+
+    Args:
+      stacked: leaves [N, ...].
+      reference: leaves [...], the parameters that the round began with.
+      norm: L2, over all leaves together; traced or not.
+
+    Returns:
+      Leaves [N, ...].
+    """
+    updates = jax.tree.map(lambda leaf, start: leaf.astype(jnp.float32) - start, stacked, reference)
+    length = jnp.sqrt(sum(jnp.square(u).reshape(len(u), -1).sum(1) for u in jax.tree.leaves(updates)))
+    scale = jnp.minimum(1.0, norm / jnp.maximum(length, 1e-12))
+
+    def one(leaf, start, update):
+        return (start + scale.reshape(-1, *(1,) * (update.ndim - 1)) * update).astype(leaf.dtype)
+
+    return jax.tree.map(one, stacked, reference, updates)
+
+
+def median(stacked: Tree, counted: Any) -> Tree:
+    """Median of every coordinate over those counted; of an even number the mean of the middle two.
+
+    Args:
+      stacked: floating-point leaves [N, ...].
+      counted: bool [N].
+
+    Returns:
+      Leaves [...]; NaN where nobody is counted.
+    """
+    counted = jnp.asarray(counted, bool)
+    n = counted.sum()
+
+    def one(leaf):
+        ordered = _ordered(leaf, counted)
+        low, high = jnp.take(ordered, (n - 1) // 2, 0), jnp.take(ordered, n // 2, 0)
+        return jnp.where(n > 0, (low + high) / 2, jnp.nan).astype(leaf.dtype)
+
+    return jax.tree.map(one, stacked)
+
+
+def trimmed_mean(stacked: Tree, counted: Any, share: float) -> Tree:
+    """Mean of every coordinate over those counted, without a share of them at each end.
+
+    Args:
+      stacked, counted: as of `median`.
+      share: that is left out at each end, in [0, 0.5), rounded down to whole clients.
+
+    Returns:
+      Leaves [...]; NaN where nobody is counted.
+
+    Raises:
+      ValueError: for a share out of range.
+    """
+    if not 0 <= share < 0.5:
+        raise ValueError(f"share is left out at each end and must be in [0, 0.5), got {share}")
+    counted = jnp.asarray(counted, bool)
+    n = counted.sum()
+    # What is meant by 0.2 of five clients is one.
+    cut = jnp.floor(share * n + 1e-6).astype(jnp.int32)
+
+    def one(leaf):
+        place = jnp.arange(len(leaf)).reshape(-1, *(1,) * (leaf.ndim - 1))
+        inner = (place >= cut) & (place < n - cut)
+        total = jnp.where(inner, _ordered(leaf, counted), 0).sum(0)
+        return jnp.where(n > 0, total / jnp.maximum(n - 2 * cut, 1), jnp.nan).astype(leaf.dtype)
+
+    return jax.tree.map(one, stacked)
+
+
+def krum(stacked: Tree, counted: Any, byzantine: int, *, select: int = 1) -> Tree:
+    """Mean of the `select` clients that are closest to their n - f - 2 nearest neighbours; Krum itself takes one.
+
+    Args:
+      stacked, counted: as of `median`.
+      byzantine: f, how many clients may be bad.
+      select: how many are averaged; more is MultiKrum.
+
+    Returns:
+      Leaves [...].
+
+    Raises:
+      ValueError: for fewer than 2 f + 3 clients, of those counted if that is known, or more to select than n - f.
+    """
+    counted = _counted(counted, byzantine, 3, 2, "krum")
+    known = _known(counted)
+    if not 1 <= select <= known - byzantine:
+        raise ValueError(
+            f"select must be in 1..{known - byzantine}, as {byzantine} of {known} may be bad, got {select}"
+        )
+    chosen = jnp.argsort(_krum_scores(_distances(stacked), counted, byzantine), stable=True)[:select]
+    return jax.tree.map(lambda leaf: leaf[chosen].astype(jnp.float32).mean(0).astype(leaf.dtype), stacked)
+
+
+def bulyan(stacked: Tree, counted: Any, byzantine: int) -> Tree:
+    """Of n - 2 f clients that Krum chooses one after the other, the mean of the n - 4 f values around each median.
+
+    Args:
+      stacked, counted: as of `median`; who is counted must be known, as shapes follow from it.
+      byzantine: f.
+
+    Returns:
+      Leaves [...].
+
+    Raises:
+      ValueError: for fewer than 4 f + 3 clients.
+    """
+    counted = _counted(counted, byzantine, 3, 4, "bulyan")
+    known = _known(counted)
+    distances, left, chosen = _distances(stacked), counted, []
+    for _ in range(known - 2 * byzantine):
+        chosen.append(jnp.argmin(_krum_scores(distances, left, byzantine)))
+        left = left.at[chosen[-1]].set(False)
+    picked, keep = jnp.stack(chosen), known - 4 * byzantine
+
+    def one(leaf):
+        values = leaf[picked].astype(jnp.float32)
+        nearest = jnp.argsort(jnp.abs(values - jnp.median(values, axis=0)), axis=0, stable=True)[:keep]
+        return jnp.take_along_axis(values, nearest, 0).mean(0).astype(leaf.dtype)
+
+    return jax.tree.map(one, stacked)
+
+
+def by_group(aggregate: Aggregate, stacked: Tree, group_axes: Tree, owned: Any, counted: Any, previous: Tree) -> Tree:
+    """Any of these over what Fed2 pairs: shared leaves over all counted, each group over its owners alone.
+
+    Args:
+      aggregate: (stacked, counted) -> tree, for example `median`, or `lambda s, c: trimmed_mean(s, c, 0.2)`.
+      stacked, group_axes, previous: as of `jaxeff.federated.paired_average`.
+      owned: bool [N, G], who owns which group; weights that are not 0 do.
+      counted: bool [N].
+
+    Returns:
+      Leaves [...]; the previous ones where nobody is counted.
+    """
+    owned = (jnp.asarray(owned) > 0) & jnp.asarray(counted, bool)[:, None]
+    leaves, structure = jax.tree.flatten(stacked)
+    axes = jax.tree.leaves(
+        jax.tree.map(
+            lambda axis, part: jax.tree.map(lambda _: -1 if axis is None else axis, part),
+            group_axes, previous, is_leaf=lambda axis: axis is None,
+        )
+    )  # fmt: skip
+    before, results = jax.tree.leaves(previous), list(jax.tree.leaves(previous))
+    shared = [i for i, axis in enumerate(axes) if axis == -1]
+    if shared:
+        for i, value in zip(shared, aggregate([leaves[i] for i in shared], jnp.asarray(counted, bool)), strict=True):
+            results[i] = jnp.where(jnp.asarray(counted, bool).any(), value, before[i])
+    paired = [i for i, axis in enumerate(axes) if axis != -1]
+    groups: list[list[jax.Array]] = []
+    for g in range(owned.shape[1]) if paired else ():
+        values = aggregate([jnp.take(leaves[i], g, 1 + axes[i]) for i in paired], owned[:, g])
+        old = [jnp.take(before[i], g, axes[i]) for i in paired]
+        groups.append([jnp.where(owned[:, g].any(), value, was) for value, was in zip(values, old, strict=True)])
+    for place, i in enumerate(paired):
+        results[i] = jnp.stack([group[place] for group in groups], axes[i])
+    tree: Any = structure
+    return tree.unflatten(results)
+
+
+def _ordered(leaf: jax.Array, counted: jax.Array) -> jax.Array:
+    """Values in ascending order, those that are not counted last."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        raise TypeError(f"leaves must be floating point, got {leaf.dtype}; partition others away")
+    there = counted.reshape(-1, *(1,) * (leaf.ndim - 1))
+    return jnp.sort(jnp.where(there, leaf.astype(jnp.float32), jnp.inf), axis=0)
+
+
+def _distances(stacked: Tree) -> jax.Array:
+    """Squared distances between clients, [N, N]."""
+    rows = [leaf.reshape(len(leaf), -1).astype(jnp.float32) for leaf in jax.tree.leaves(stacked)]
+
+    # From one client to all others at a time: differences of all pairs would be N times what the clients take.
+    def from_one(number):
+        return sum((jnp.square(row - row[number]).sum(-1) for row in rows), jnp.zeros(len(rows[0])))
+
+    return lax.map(from_one, jnp.arange(len(rows[0])))
+
+
+def _krum_scores(distances: jax.Array, counted: jax.Array, byzantine: int) -> jax.Array:
+    """Sum of the squared distances to the nearest n - f - 2 others; infinite for who is not counted."""
+    others = counted[:, None] & counted[None] & ~jnp.eye(len(counted), dtype=bool)
+    ordered = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
+    near = jnp.maximum(counted.sum() - byzantine - 2, 1)
+    total = jnp.where((jnp.arange(len(counted)) < near) & jnp.isfinite(ordered), ordered, 0).sum(1)
+    return jnp.where(counted, total, jnp.inf)
+
+
+def _counted(counted: Any, byzantine: int, least: int, times: int, caller: str) -> jax.Array:
+    counted = jnp.asarray(counted, bool)
+    if byzantine < 0 or _known(counted) < times * byzantine + least:
+        raise ValueError(
+            f"{caller}: {byzantine} byzantine clients need at least {times} * {byzantine} + {least} counted ones, but "
+            f"there are {_known(counted)}"
+        )
+    return counted
+
+
+def _known(counted: jax.Array) -> int:
+    """How many are counted, or could be where that is traced."""
+    return len(counted) if isinstance(counted, jax.core.Tracer) else int(np.asarray(counted).sum())
