@@ -1,8 +1,8 @@
 """Aggregates that a few bad clients cannot move: medians, trimmed means, Krum, MultiKrum, Bulyan, clipped updates.
 
 All are functions of stacked trees [N, ...] and of who is counted, [N], concrete or traced: clients that dropped out,
-sent what is not finite, or own nothing of a group have no part. `by_group` makes any of them one of Fed2's, over the owners
-of each group alone.
+sent what is not finite, or own nothing of a group have no part. `by_group` makes any of them one of Fed2's, over the
+owners of each group alone.
 
 Krum and Bulyan are those of Blanchard et al. (NeurIPS 2017) and El Mhamdi et al. (ICML 2018), the trimmed mean and the
 median those of Yin et al. (ICML 2018). They need single updates, so they rule out secure aggregation.
