@@ -269,13 +269,14 @@ def test_long_runs_measure_engines_once_and_short_ones_do_not(monkeypatch):
     section = network("vgg", plan=PLAN)
     section.gates = gates(0.5, increment=0.4)
     module, config = pruning.network(section, digits), {"batch_size": 4}
-    monkeypatch.setattr(pruning.dynamic, "tune", lambda module, x, train: tuned.append((x.shape, train)))
+    watched = lambda module, x, options, train: tuned.append((x.shape, options, train))
+    monkeypatch.setattr(pruning.dynamic, "tune", watched)
     monkeypatch.setattr(pruning.autotune, "lookup", lambda name: "mask" if known else None)
     asked = section.gates.to_dict()
     pruning.tune(module, asked, config, 300)
     assert not tuned  # the ratios are reached at step 150, so only 150 are left
     pruning.tune(module, asked, config, 400)
-    assert tuned == [((4, 8, 8, 1), True)]
+    assert tuned == [((4, 8, 8, 1), {"train": True}, True)]
     known.append(True)
     pruning.tune(module, asked, config, 400)
     pruning.tune(module, {**asked, "rule": "sandwich"}, config, 400)
