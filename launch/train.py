@@ -7,7 +7,7 @@ metrics.jsonl and checkpoints/. Started again with the same work directory it go
 
 Networks with gates are dynamically pruned: they learn under rising ratios, which are given or chosen by sensitivity,
 and are used with the fastest engine of every layer; their MACs are those that the gates leave, their latency is real.
-So may gates that learn, which choose what a layer gives (feature boosting, channel gating), alone or beside them.
+Gates that learn (feature boosting, channel gating) choose what a layer gives; a network has them alone or beside these.
 
 With a cascade, easy images leave at a cheap network; its accuracy by the time it takes is measured.
 

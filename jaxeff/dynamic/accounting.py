@@ -82,8 +82,7 @@ def counted_macs(
             dense, left = macs(path), share.get(path, 1.0)
             if not dense:
                 raise ValueError(f"the report has no multiply-accumulates of layer {path!r}: is it of this network?")
-            learned = _learned(conv, layer)
-            if learned is not None and isinstance(layer, spec.Conv):
+            if isinstance(layer, spec.Conv) and (learned := _learned(conv, layer)) is not None:
                 choosing = sum(macs(f"{path}/layer/{name}") for name in learned.choosing)
                 ranking += choosing + learned.additions(shapes[path].input)
                 dense -= choosing
@@ -117,9 +116,9 @@ def _attention(gate: object, shape: tuple[int, ...]) -> int:
     return height * width * channels * (bool(gate.channels) + bool(gate.columns or gate.outputs))
 
 
-def _learned(conv: Callable[..., Any] | None, layer: Any) -> Any:
+def _learned(conv: Callable[..., Any] | None, layer: spec.Conv) -> Any:
     """The module of a layer, if it has a gate that learns."""
-    if conv is None or not isinstance(layer, spec.Conv):
+    if conv is None:
         return None
     module = conv(layer, name=None, bias=False, groups=layer.groups, dtype=None, param_dtype=jnp.float32)
     return module if hasattr(module, "left") else None

@@ -96,7 +96,9 @@ def conv(
         raise ValueError(f"engine {name!r} does not fit: {reason}; take 'mask', or 'auto'")
     if kept is None:
         kept = selection.select(x, settings, reader)
-    dropped = kept._replace(**dict.fromkeys((*engine.saves, *(("features",) if engine.features else ()))))
+    dropped = kept._replace(**dict.fromkeys(engine.saves))
+    if engine.features:
+        dropped = dropped._replace(features=None)
     if own:
         left = selection.masked_by_scores(x, kept, set(RATIOS) - set(engine.saves), settings)
     else:
@@ -177,12 +179,12 @@ def _fused(window, settings, x, kernel, kept):
 
 
 def _fused_columns(window, settings, x, kernel, kept):
-    columns = selection.positions_of(kept.columns, settings.tile, (x.shape[1], x.shape[2]))
+    columns = _columns_of(kept, settings, x)
     return engines.fused_columns(window, x, kernel, engines.Columns(columns)).y
 
 
 def _fused_both(window, settings, x, kernel, kept):
-    columns = selection.positions_of(kept.columns, settings.tile, (x.shape[1], x.shape[2]))
+    columns = _columns_of(kept, settings, x)
     return engines.fused_columns(window, x, kernel, engines.Columns(columns, _units(kept, settings))).y
 
 
@@ -231,13 +233,13 @@ def _width_slices(window, settings, x, kernel, kept):
 
 def _columns(window, settings, x, kernel, kept):
     size, flat = _flat(x)
-    columns = selection.positions_of(kept.columns, settings.tile, size)
+    columns = _columns_of(kept, settings, x)
     return engines.gathered_columns(window, size, flat, kernel, columns)
 
 
 def _both(window, settings, x, kernel, kept):
     size, flat = _flat(x)
-    columns = selection.positions_of(kept.columns, settings.tile, size)
+    columns = _columns_of(kept, settings, x)
     return engines.gathered_both(window, size, flat, kernel, columns, _units(kept, settings))
 
 
@@ -250,12 +252,12 @@ def _native_channels(window, settings, x, kernel, kept):
 
 
 def _native_columns(window, settings, x, kernel, kept):
-    columns = selection.positions_of(kept.columns, settings.tile, (x.shape[1], x.shape[2]))
+    columns = _columns_of(kept, settings, x)
     return engines.native_conv(window, x, kernel, columns=columns, features=kept.features)
 
 
 def _native_both(window, settings, x, kernel, kept):
-    columns = selection.positions_of(kept.columns, settings.tile, (x.shape[1], x.shape[2]))
+    columns = _columns_of(kept, settings, x)
     return engines.native_conv(window, x, kernel, _units(kept, settings), columns, kept.features)
 
 
@@ -301,6 +303,10 @@ ENGINES: dict[str, Engine] = {
 
 def _units(kept, settings) -> jax.Array:
     return engines.of_groups(kept.channels, settings.group_size)
+
+
+def _columns_of(kept, settings, x) -> jax.Array:
+    return selection.positions_of(kept.columns, settings.tile, (x.shape[1], x.shape[2]))
 
 
 def _flat(x: jax.Array) -> tuple[tuple[int, int], jax.Array]:

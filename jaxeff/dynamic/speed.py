@@ -15,11 +15,10 @@ from jax import lax
 from jaxeff.dynamic import convolution
 from jaxeff.dynamic.accounting import density
 from jaxeff.dynamic.engines import Geometry, convolve, native_conv, out_size
-from jaxeff.dynamic.engines.geometry import LAYOUT
 from jaxeff.dynamic.linen import GatedCall, gated_calls, parameter_bytes
 from jaxeff.dynamic.selection import planned
 from jaxeff.dynamic.tune import with_engine
-from jaxeff.ops import autotune, gathered_conv
+from jaxeff.ops import autotune, conv_impl, gathered_conv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +126,11 @@ def dense_forms(window: Geometry, dtype: Any = jnp.float32) -> dict[str, Callabl
     native = {} if gathered_conv.unavailable(dtype) else {"native": partial(native_conv, window)}
     return {
         "ops": partial(convolve, window),
-        "lax": lambda x, kernel: lax.conv_general_dilated(
-            x, kernel, window.strides, window.padding, rhs_dilation=window.dilation, dimension_numbers=LAYOUT,
-            precision=window.precision,
-        ),
+        "lax": partial(_stock, window),
         "patches": partial(_product_of_patches, window, False),
         "patches_barrier": partial(_product_of_patches, window, True),
         **native,
-    }  # fmt: skip
+    }
 
 
 def _measure(call: GatedCall, rounds: int, footprint: int) -> LayerSpeed:
@@ -154,6 +150,11 @@ def _measure(call: GatedCall, rounds: int, footprint: int) -> LayerSpeed:
     seconds = {"dense": median[dense], "mask": median["mask"], "engine": median["engine"]}
     counted = call.kernel.shape[-1] / few / density(call.settings, call.x.shape[1:], out)
     return LayerSpeed(call.path, shown, dense, engine, seconds, counted, real)
+
+
+def _stock(window: Geometry, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    with conv_impl("lax"):
+        return convolve(window, x, kernel)
 
 
 def _product_of_patches(window: Geometry, barrier: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ import optax
 from jax import lax
 from scipy.optimize import linear_sum_assignment
 
+from jaxeff import trees
 from jaxeff.federated.permutation import Axis, Free, Permutations, Product, Sum, permute, size_of
 
 Tree = Any
@@ -70,19 +71,19 @@ def weight_match(
       ValueError: for an unknown solver; if parameters have other paths than `found`.
     """
     params = jax.tree.map(jnp.asarray, params)
-    trees = [_by_path(tree) for tree in (reference, params)]
-    for what, tree in zip(("reference", "params"), trees, strict=True):
+    flat = [trees.flatten_names(tree) for tree in (reference, params)]
+    for what, tree in zip(("reference", "params"), flat, strict=True):
         if set(tree) != set(found.axes):
             raise ValueError(f"{what}: paths are not those of `found`: {sorted(set(tree) ^ set(found.axes))}")
     assign(jnp.zeros((1, 1)), solver)
-    fixed = {name: _views(found, trees[0], name) for name in found.sizes}
+    fixed = {name: _views(found, flat[0], name) for name in found.sizes}
 
     def sweep(state):
         perms, current, _, count = state
         gained, total = jnp.zeros(()), jnp.zeros(())
         for name, size in found.sizes.items():
             similarity = sum(
-                (a @ b.T for a, b in zip(fixed[name], _views(found, _by_path(current), name), strict=True)),
+                (a @ b.T for a, b in zip(fixed[name], _views(found, trees.flatten_names(current), name), strict=True)),
                 jnp.zeros((size, size)),
             )
             better = assign(similarity, solver)
@@ -114,11 +115,6 @@ def _by_optax(similarity: jax.Array) -> jax.Array:
 
 SOLVERS: dict[str, Callable[[jax.Array], jax.Array]] = {"scipy": _by_scipy, "optax": _by_optax}
 """Solvers of the assignment problem by name."""
-
-
-def _by_path(tree: Tree) -> dict[str, jax.Array]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
 def _views(found: Permutations, leaves: dict[str, jax.Array], name: str) -> list[jax.Array]:

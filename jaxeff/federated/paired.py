@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 WEIGHTS: tuple[str, ...] = ("class_counts", "uniform", "size")
+SHARED = -1
+"""Stands for the group axis of what has none."""
 Tree = Any
 
 
@@ -82,13 +84,9 @@ def paired_average(stacked: Tree, group_axes: Tree, omega: Any, weights: Any, pr
         raise ValueError(
             f"weights [N] and omega [N, G] must be of the {sorted(clients)} clients, got {weights.shape}, {omega.shape}"
         )
-    whole = jax.tree.map(
-        lambda axis, part: jax.tree.map(lambda _: -1 if axis is None else axis, part),
-        group_axes, previous, is_leaf=lambda axis: axis is None,
-    )  # fmt: skip
 
     def combined(path, axis, leaf, before):
-        if axis == -1:
+        if axis == SHARED:
             return _mean(leaf, weights, before)
         if leaf.shape[1 + axis] != omega.shape[1]:
             raise ValueError(
@@ -98,7 +96,17 @@ def paired_average(stacked: Tree, group_axes: Tree, omega: Any, weights: Any, pr
         by_group = jax.vmap(_mean, (1, 1, 0))(jnp.moveaxis(leaf, 1 + axis, 1), omega, jnp.moveaxis(before, axis, 0))
         return jnp.moveaxis(by_group, 0, axis)
 
-    return jax.tree_util.tree_map_with_path(combined, whole, stacked, previous)
+    return jax.tree_util.tree_map_with_path(combined, spread_axes(group_axes, previous), stacked, previous)
+
+
+def spread_axes(group_axes: Tree, tree: Tree) -> Tree:
+    """The group axis of every leaf of a tree, `SHARED` where it has none; `group_axes` as of `paired_average`."""
+    return jax.tree.map(
+        lambda axis, part: jax.tree.map(lambda _: SHARED if axis is None else axis, part),
+        group_axes,
+        tree,
+        is_leaf=lambda axis: axis is None,
+    )
 
 
 def _mean(leaf: jax.Array, weights: jax.Array, before: jax.Array) -> jax.Array:

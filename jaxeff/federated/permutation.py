@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff import compat
+from jaxeff import compat, trees
 from jaxeff.federated.axes import Node, Tracer, find, fixed, pin
 from jaxeff.ops import conv_impl
 
@@ -116,12 +116,13 @@ def permute(found: Permutations, params: Tree, perms: Perms) -> Tree:
             raise ValueError(f"perms[{name!r}] must be of shape ({found.sizes[name]},), got {np.shape(perm)}")
 
     def one(path, leaf):
-        for number, axis in enumerate(found.axes[_text(path)]):
+        for number, axis in enumerate(found.axes[path]):
             if any(isinstance(part, Free) and part.name in perms for part in _leaves(axis)):
                 leaf = jnp.take(leaf, _places(axis, perms), axis=number, mode="clip")
         return leaf
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    moved = {path: one(path, leaf) for path, leaf in trees.flatten_names(params).items()}
+    return trees.unflatten_names(moved, params)
 
 
 def random_perms(found: Permutations, key: jax.Array) -> dict[str, jax.Array]:
@@ -172,21 +173,21 @@ def derive(apply: Callable[..., Any], params: Tree, *inputs: Any) -> Permutation
     Returns:
       The permutations; call `verify` before you use them.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    flat = trees.flatten_names(params)
     structure: Any = jax.tree.structure(params)
     with conv_impl("lax"):
         program = jax.make_jaxpr(lambda leaves, *rest: apply(structure.unflatten(leaves), *rest))(
-            [leaf for _, leaf in flat], *inputs
+            list(flat.values()), *inputs
         )
-    own = [[Node(size) for size in leaf.shape] for _, leaf in flat]
+    own = [[Node(size) for size in leaf.shape] for leaf in flat.values()]
     rest = [[fixed(size, "of the input") for size in var.aval.shape] for var in program.jaxpr.invars[len(own) :]]
     for nodes in Tracer().run(program.jaxpr, compat.jaxpr_constants(program), [*own, *rest]):
         for node in nodes:
             pin(node, "of the output")
     names: dict[Node, Free] = {}
     axes = {
-        _text(path): tuple(_read(node, f"{_text(path)}[{i}]", names) for i, node in enumerate(nodes))
-        for (path, _), nodes in zip(flat, own, strict=True)
+        path: tuple(_read(node, f"{path}[{i}]", names) for i, node in enumerate(nodes))
+        for path, nodes in zip(flat, own, strict=True)
     }
     return Permutations({free.name: free.size for free in names.values()}, axes)
 
@@ -232,7 +233,3 @@ def _places(axis: Axis, perms: Perms) -> jax.Array:
     if isinstance(axis, Free) and axis.name in perms:
         return jnp.asarray(perms[axis.name], jnp.int32)
     return jnp.arange(axis.size, dtype=jnp.int32)
-
-
-def _text(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

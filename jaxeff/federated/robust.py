@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxeff.federated.paired import SHARED, spread_axes
+
 Tree = Any
 Aggregate = Callable[[Tree, jax.Array], Tree]
 
@@ -168,20 +170,16 @@ def by_group(aggregate: Aggregate, stacked: Tree, group_axes: Tree, owned: Any, 
     Returns:
       Leaves [...]; the previous ones where nobody is counted.
     """
-    owned = (jnp.asarray(owned) > 0) & jnp.asarray(counted, bool)[:, None]
+    counted = jnp.asarray(counted, bool)
+    owned = (jnp.asarray(owned) > 0) & counted[:, None]
     leaves, structure = jax.tree.flatten(stacked)
-    axes = jax.tree.leaves(
-        jax.tree.map(
-            lambda axis, part: jax.tree.map(lambda _: -1 if axis is None else axis, part),
-            group_axes, previous, is_leaf=lambda axis: axis is None,
-        )
-    )  # fmt: skip
-    before, results = jax.tree.leaves(previous), list(jax.tree.leaves(previous))
-    shared = [i for i, axis in enumerate(axes) if axis == -1]
+    axes = jax.tree.leaves(spread_axes(group_axes, previous))
+    before, results = jax.tree.leaves(previous), jax.tree.leaves(previous)
+    shared = [i for i, axis in enumerate(axes) if axis == SHARED]
     if shared:
-        for i, value in zip(shared, aggregate([leaves[i] for i in shared], jnp.asarray(counted, bool)), strict=True):
-            results[i] = jnp.where(jnp.asarray(counted, bool).any(), value, before[i])
-    paired = [i for i, axis in enumerate(axes) if axis != -1]
+        for i, value in zip(shared, aggregate([leaves[i] for i in shared], counted), strict=True):
+            results[i] = jnp.where(counted.any(), value, before[i])
+    paired = [i for i, axis in enumerate(axes) if axis != SHARED]
     groups: list[list[jax.Array]] = []
     for g in range(owned.shape[1]) if paired else ():
         values = aggregate([jnp.take(leaves[i], g, 1 + axes[i]) for i in paired], owned[:, g])

@@ -113,6 +113,19 @@ def test_a_concatenation_has_several_one_after_the_other():
     assert [(type(part), part.size) for part in parts] == [(Fixed, 3), (Free, 2), (Free, 3)]
 
 
+def test_a_convolution_as_one_product_of_patches_has_its_channels():
+    def apply(params, x):
+        hidden = jax.nn.relu(x @ params["first"])
+        views = [jnp.pad(hidden, ((0, 0), (1, 1), (0, 0)))[:, i : i + x.shape[1]] for i in range(3)]
+        return (jnp.concatenate(views, -1) @ params["second"].reshape(-1, 5)).mean(1)
+
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    found = checked(apply, {"first": draw(0, 2, 4), "second": draw(1, 3, 4, 5)}, draw(2, 2, 6, 2))
+    assert found.sizes == {"first[1]": 4}
+    assert found.axes["second"][1] == found.axes["first"][1]
+    assert found.fixed["second[0]"] == "of copies, one after the other"
+
+
 def test_what_is_not_understood_is_left_alone_and_said():
     def apply(params, x):
         hidden = jnp.cumsum(x @ params["a"], 1) + jax.lax.scan(lambda c, w: (c + w, None), jnp.zeros(4), params["b"])[0]

@@ -83,8 +83,7 @@ def fused_channels(
     Raises:
       ValueError: inside `shard_map` without a GPU, see `interpreted`.
     """
-    bias = jnp.zeros(kernel.shape[-1], jnp.float32) if bias is None else bias
-    bias = compat.vary(bias, compat.varying_axes(x))
+    bias = some_bias(bias, x, kernel)
     return _fused(window, relu, tile, interpreted(interpret, x), x, kernel, bias, channels)
 
 
@@ -180,6 +179,12 @@ def _bwd(window, relu, tile, interpret, residuals, cotangents):
 
 
 _fused.defvjp(_fwd, _bwd)
+
+
+def some_bias(bias: jax.Array | None, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The bias of a kernel, zeros for None; inside `shard_map` one that may differ, so that its gradient is summed."""
+    given = jnp.zeros(kernel.shape[-1], jnp.float32) if bias is None else bias
+    return compat.vary(given, compat.varying_axes(x))
 
 
 def interpreted(asked: bool | None, x: jax.Array) -> bool:

@@ -27,7 +27,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxeff import compat
 from jaxeff.dynamic.engines import rows
-from jaxeff.dynamic.engines.fused import Fused, Tile, interpreted, masked_gradients
+from jaxeff.dynamic.engines.fused import Fused, Tile, interpreted, masked_gradients, some_bias
 from jaxeff.dynamic.engines.geometry import Geometry, out_size, read_positions
 from jaxeff.dynamic.masks import mask_of
 
@@ -80,8 +80,7 @@ def fused_columns(
     Raises:
       ValueError: inside `shard_map` without a GPU, see `interpreted`.
     """
-    bias = jnp.zeros(kernel.shape[-1], jnp.float32) if bias is None else bias
-    bias = compat.vary(bias, compat.varying_axes(x))
+    bias = some_bias(bias, x, kernel)
     return _fused(window, relu, tile, interpreted(interpret, x), x, kernel, bias, kept)
 
 

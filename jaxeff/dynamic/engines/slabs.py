@@ -32,7 +32,7 @@ from jax.experimental import pallas as pl
 
 from jaxeff import compat
 from jaxeff.dynamic.engines import rows
-from jaxeff.dynamic.engines.fused import Fused, masked_gradients
+from jaxeff.dynamic.engines.fused import Fused, masked_gradients, some_bias
 from jaxeff.dynamic.engines.geometry import Geometry, out_size
 from jaxeff.dynamic.masks import mask_of
 
@@ -94,8 +94,7 @@ def group_slabs(
     """
     if reason := misfit(window, size, x.dtype):
         raise ValueError(f"the convolution has {reason}; take engine 'fused' or 'mask'")
-    bias = jnp.zeros(kernel.shape[-1], jnp.float32) if bias is None else bias
-    bias = compat.vary(bias, compat.varying_axes(x))
+    bias = some_bias(bias, x, kernel)
     return _slabs(window, size, relu, tile, interpret, x, kernel, bias, groups)
 
 
@@ -163,8 +162,7 @@ def tile_slabs(
         raise ValueError(f"the convolution has {reason}; take engine 'output_tiles' or 'mask'")
     if window.padding != ((0, 0), (0, 0)):
         raise ValueError(f"maps have what they read around them, so padding must be 0, got {window.padding}")
-    bias = jnp.zeros(kernel.shape[-1], jnp.float32) if bias is None else bias
-    bias = compat.vary(bias, compat.varying_axes(x))
+    bias = some_bias(bias, x, kernel)
     return _tile_slabs(window, relu, tile, interpret, x, kernel, bias)
 
 
