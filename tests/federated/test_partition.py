@@ -27,7 +27,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @settings(max_examples=20, deadline=None)
-@given(clients=st.integers(1, 12), examples=st.integers(200, 400), seed=st.integers(0, 99))
+@given(clients=st.integers(1, 12), examples=st.integers(400, 600), seed=st.integers(0, 99))
 def test_every_example_goes_to_one_client_and_is_counted(recipe, clients, examples, seed):
     labels = np.random.default_rng(seed).integers(0, 10, examples)
     part = RECIPES[recipe](labels, clients, seed)
