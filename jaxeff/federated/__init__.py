@@ -1,8 +1,25 @@
 """Federated learning: who holds what, and what clients learn of it together."""
 
-from jaxeff.federated import robust
+from jaxeff.federated import aggregates, robust
+from jaxeff.federated.aggregates import Aggregate, Member
+from jaxeff.federated.algorithms import (
+    About,
+    Algorithm,
+    Upload,
+    adaptive,
+    fed_avg,
+    fed_bn,
+    fed_nova,
+    fed_opt,
+    fed_prox,
+    local_training,
+    moon,
+    scaffold,
+)
+from jaxeff.federated.clients import Clients, clients_of
 from jaxeff.federated.matching import assign, weight_match
 from jaxeff.federated.paired import group_weights, paired_average
+from jaxeff.federated.participation import Participation
 from jaxeff.federated.partition import (
     Partition,
     by_classes,
@@ -14,23 +31,49 @@ from jaxeff.federated.partition import (
     with_noise,
 )
 from jaxeff.federated.permutation import Permutations, derive, permute, random_perms, verify
+from jaxeff.federated.rounds import Federation, Report, State, federate
+from jaxeff.federated.task import Task, classification
 
 __all__ = [
-    "Permutations",
+    "About",
+    "Aggregate",
+    "Algorithm",
+    "Clients",
+    "Federation",
+    "Member",
+    "Participation",
     "Partition",
+    "Permutations",
+    "Report",
+    "State",
+    "Task",
+    "Upload",
+    "adaptive",
+    "aggregates",
     "assign",
     "by_classes",
     "by_key",
+    "classification",
+    "clients_of",
     "derive",
     "dirichlet",
+    "fed_avg",
+    "fed_bn",
+    "fed_nova",
+    "fed_opt",
+    "fed_prox",
+    "federate",
     "group_weights",
     "iid",
+    "local_training",
+    "moon",
     "noise_levels",
     "paired_average",
     "permute",
     "quantity",
     "random_perms",
     "robust",
+    "scaffold",
     "verify",
     "weight_match",
     "with_noise",

@@ -99,6 +99,70 @@ def paired_average(stacked: Tree, group_axes: Tree, omega: Any, weights: Any, pr
     return jax.tree_util.tree_map_with_path(combined, spread_axes(group_axes, previous), stacked, previous)
 
 
+def empty(previous: Tree, group_axes: Tree, groups: int) -> Tree:
+    """Sums over nobody, to which `term`s are added: what `paired_average` adds up, where clients come one by one."""
+    shape = jax.eval_shape(lambda: term(previous, group_axes, jnp.zeros(groups), jnp.zeros(())))
+
+    def one(leaf):
+        lowest = jnp.issubdtype(leaf.dtype, jnp.integer)
+        return jnp.full(leaf.shape, jnp.iinfo(leaf.dtype).min if lowest else 0, leaf.dtype)
+
+    return jax.tree.map(one, shape)
+
+
+def term(variables: Tree, group_axes: Tree, omega: jax.Array, weight: jax.Array) -> Tree:
+    """What one client adds to the sums of a feature-paired average.
+
+    Args:
+      variables: leaves [...].
+      group_axes: as of `paired_average`.
+      omega: [G], its weights in the groups.
+      weight: its weight in what is shared.
+
+    Returns:
+      The weights, and the weighted leaves in float32 at least; integers as they are, of which the highest is taken.
+    """
+
+    def one(axis, leaf):
+        if _is_key(leaf):
+            return jnp.zeros((), jnp.float32)
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            lowest = jnp.iinfo(leaf.dtype).min if jnp.issubdtype(leaf.dtype, jnp.integer) else False
+            return jnp.where(_spread(omega > 0, axis, leaf) if axis != SHARED else weight > 0, leaf, lowest)
+        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        by = _spread(omega, axis, leaf) if axis != SHARED else weight
+        return jnp.where(by > 0, by.astype(wide) * leaf.astype(wide), 0)
+
+    return {"omega": omega, "weight": weight, "sums": jax.tree.map(one, spread_axes(group_axes, variables), variables)}
+
+
+def add(sums: Tree, more: Tree) -> Tree:
+    """Sums of some clients and those of others: added, or of integers the higher one."""
+    return jax.tree.map(lambda a, b: a + b if jnp.issubdtype(a.dtype, jnp.inexact) else jnp.maximum(a, b), sums, more)
+
+
+def result(sums: Tree, group_axes: Tree, previous: Tree) -> Tree:
+    """The average, from the sums over all clients; what it was where the weights add up to 0."""
+
+    def one(axis, total, before):
+        if _is_key(before):
+            return before
+        by = _spread(sums["omega"], axis, before) if axis != SHARED else sums["weight"]
+        mean = total if not jnp.issubdtype(before.dtype, jnp.inexact) else total / jnp.where(by > 0, by, 1)
+        return jnp.where(by > 0, mean.astype(before.dtype), before)
+
+    return jax.tree.map(one, spread_axes(group_axes, previous), sums["sums"], previous)
+
+
+def _spread(omega: jax.Array, axis: int, leaf: jax.Array) -> jax.Array:
+    """Weights of groups along their axis of a leaf."""
+    return omega.reshape([-1 if i == axis else 1 for i in range(leaf.ndim)])
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def spread_axes(group_axes: Tree, tree: Tree) -> Tree:
     """The group axis of every leaf of a tree, `SHARED` where it has none; `group_axes` as of `paired_average`."""
     return jax.tree.map(
@@ -110,7 +174,7 @@ def spread_axes(group_axes: Tree, tree: Tree) -> Tree:
 
 
 def _mean(leaf: jax.Array, weights: jax.Array, before: jax.Array) -> jax.Array:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if _is_key(leaf):
         return before
     counted = (weights > 0).reshape(-1, *(1,) * (leaf.ndim - 1))
     total = weights.sum()

@@ -1,0 +1,139 @@
+"""Aggregates: one set of variables from those of the clients.
+
+Means and feature-paired means are sums: they take the clients one after the other and keep none. Robust aggregates
+need them all at once.
+
+Letters: N clients, M of them in a round, G groups.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff.federated import robust as robust_of
+from jaxeff.federated.paired import WEIGHTS, add, empty, paired_average, result, term
+
+Tree = Any
+
+
+class Member(NamedTuple):
+    """A client of a round, as an aggregate sees it.
+
+    Attributes:
+      number: which client, int32.
+      size: examples it holds, float32.
+      counted: float32; 0 for one that did not report, holds nothing or sent what is not finite; below 1 where it
+        counts less, as it is late.
+    """
+
+    number: jax.Array
+    size: jax.Array
+    counted: jax.Array
+
+
+class Aggregate(NamedTuple):
+    """How variables of clients become one.
+
+    Attributes:
+      weight: member -> how much it counts in means of other things that it sends, not negative.
+      combine: (stacked variables [M, ...], members [M], previous variables) -> variables.
+      empty: previous variables -> sums over nobody. None, as are the next two, for what needs all clients at once.
+      term: (variables, member) -> its part of the sums.
+      result: (sums, previous variables) -> variables.
+    """
+
+    weight: Callable[[Member], jax.Array]
+    combine: Callable[[Tree, Member, Tree], Tree]
+    empty: Callable[[Tree], Tree] | None = None
+    term: Callable[[Tree, Member], Tree] | None = None
+    result: Callable[[Tree, Tree], Tree] | None = None
+
+
+def mean(by: str = "size") -> Aggregate:
+    """Weighted mean: FedAvg's.
+
+    Args:
+      by: "size", the examples of a client, or "uniform".
+    """
+    return paired(None, np.zeros((1, 1), np.float32), by)
+
+
+def paired(group_axes: Tree, omega: Any, by: str = "size") -> Aggregate:
+    """Feature-paired mean: Fed2's.
+
+    Args:
+      group_axes: as of `jaxeff.federated.paired_average`, of the variables: a prefix of them.
+      omega: [N, G], how much each client counts in each group, as of `group_weights`.
+      by: how clients count in what all share: "size" or "uniform".
+
+    Raises:
+      ValueError: for an unknown `by`.
+    """
+    weight = _weight(by)
+    omega = jnp.asarray(omega, jnp.float32)
+
+    def of_groups(member):
+        # Without groups there is one row, for whoever it is.
+        return jnp.take(omega, member.number, 0, mode="clip") * member.counted[..., None]
+
+    return Aggregate(
+        weight,
+        lambda stacked, members, previous: paired_average(
+            stacked, group_axes, of_groups(members), weight(members), previous
+        ),
+        lambda previous: empty(previous, group_axes, omega.shape[1]),
+        lambda variables, member: term(variables, group_axes, of_groups(member), weight(member)),
+        lambda sums, previous: result(sums, group_axes, previous),
+    )
+
+
+def robust(
+    rule: Callable[[Tree, jax.Array], Tree],
+    *,
+    least: int = 1,
+    group_axes: Tree = None,
+    omega: Any = None,
+    clip: float | None = None,
+) -> Aggregate:
+    """A robust aggregate of `jaxeff.federated.robust`, over the owners of each group where there are groups.
+
+    Args:
+      rule: (stacked, counted bool [M]) -> tree, for example `robust.median`, or
+        `lambda stacked, counted: robust.krum(stacked, counted, 2)`.
+      least: members that must be counted; a round of fewer leaves the variables as they were.
+      group_axes, omega: as of `paired`; None for no groups.
+      clip: L2 norm to which updates are clipped first.
+
+    Returns:
+      The aggregate. Members that count less because they are late count as one.
+    """
+    owners = None if omega is None else jnp.asarray(omega, jnp.float32)
+
+    def combine(stacked, members, previous):
+        counted = members.counted > 0
+        # What is not counted may be NaN, which not every rule keeps out by itself.
+        there = lambda leaf: counted.reshape(-1, *(1,) * (leaf.ndim - 1))
+        stacked = jax.tree.map(lambda leaf, old: jnp.where(there(leaf), leaf, old), stacked, previous)
+        if clip is not None:
+            stacked = robust_of.clipped(stacked, previous, clip)
+        if group_axes is None or owners is None:
+            found = rule(stacked, counted)
+        else:
+            owned = jnp.take(owners, members.number, 0, mode="clip")
+            found = robust_of.by_group(rule, stacked, group_axes, owned, counted, previous)
+        enough = counted.sum() >= least
+        return jax.tree.map(lambda new, old: jnp.where(enough, new, old), found, previous)
+
+    return Aggregate(_weight("uniform"), combine)
+
+
+def _weight(by: str) -> Callable[[Member], jax.Array]:
+    if by not in ("size", "uniform"):
+        raise ValueError(f"by must be 'size' or 'uniform' (those of groups are {', '.join(WEIGHTS)}), got {by!r}")
+    return (lambda member: member.size * member.counted) if by == "size" else (lambda member: member.counted)
+
+
+__all__ = ["Aggregate", "Member", "add", "mean", "paired", "robust"]

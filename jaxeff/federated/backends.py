@@ -1,0 +1,133 @@
+"""How the clients of a round are computed: one after the other, in groups, all at once, or on many devices.
+
+Every backend adds up the terms of all members and hands back what they return beside them, stacked; they differ in
+time and memory alone.
+
+    loop     a compiled client after the other, called from Python
+    map      one program, a client after the other; all their variables are kept
+    stream   one program, a client after the other; only sums are kept, so memory does not grow with the clients
+    chunk    one program, some clients at a time under `vmap`
+    vmap     one program, all at once
+    shard    a stream on each device of a mesh
+
+On CPU convolutional clients are fastest one after the other; on accelerators many at once fill the device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxeff.federated.paired import add
+
+Tree = Any
+One = Callable[[Tree, Tree], tuple[Tree, Tree]]
+
+BACKENDS: tuple[str, ...] = ("loop", "map", "stream", "chunk", "vmap", "shard")
+AXIS = "clients"
+
+
+def added_up(
+    backend: str,
+    one: One,
+    context: Tree,
+    members: Tree,
+    zero: Tree,
+    *,
+    idle: Tree,
+    chunk: int = 8,
+    mesh: Mesh | None = None,
+) -> tuple[Tree, Tree]:
+    """Runs every member and adds up their terms.
+
+    Args:
+      backend: one of `BACKENDS`; "loop" calls compiled functions, the others are to be traced.
+      one: (context, member) -> (terms, results).
+      context: what all members see.
+      members: leaves [M, ...].
+      zero: terms of nobody.
+      idle: a member that does nothing, with which the last chunk is filled up.
+      chunk: members at a time.
+      mesh: of "shard": with an axis "clients".
+
+    Returns:
+      The sums, and the results, leaves [M, ...].
+    """
+    if backend == "loop":
+        return _loop(one, context, members, zero)
+    if backend in ("map", "stream"):
+        return _scan(one, context, members, zero)
+    if backend == "vmap":
+        return _at_once(one, context, members, zero)
+    total = len(jax.tree.leaves(members)[0])
+    if backend == "chunk":
+        padded, count = _padded(members, idle, chunk)
+        parts = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), padded)
+
+        def some(total, part):
+            terms, results = jax.vmap(one, (None, 0))(context, part)
+            return add(total, _summed(terms)), results
+
+        sums, results = lax.scan(some, zero, parts)
+        return sums, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:total], results)
+    assert mesh is not None
+    padded, _ = _padded(members, idle, mesh.shape[AXIS], divide=True)
+
+    def shard(context, part):
+        sums, results = _scan(one, context, part, zero)
+        over = lambda leaf: (lax.psum if jnp.issubdtype(leaf.dtype, jnp.inexact) else lax.pmax)(leaf, AXIS)
+        return jax.tree.map(over, sums), results
+
+    whole, split = PartitionSpec(), PartitionSpec(AXIS)
+    run = jax.shard_map(shard, mesh=mesh, in_specs=(whole, split), out_specs=(whole, split), check_vma=False)
+    sums, results = run(context, padded)
+    return sums, jax.tree.map(lambda leaf: leaf[:total], results)
+
+
+def _scan(one, context, members, zero):
+    def step(total, member):
+        terms, results = one(context, member)
+        return add(total, terms), results
+
+    return lax.scan(step, zero, members)
+
+
+def _at_once(one, context, members, zero):
+    terms, results = jax.vmap(one, (None, 0))(context, members)
+    return add(zero, _summed(terms)), results
+
+
+def _loop(one, context, members, zero):
+    sums, results = zero, []
+    for number in range(len(jax.tree.leaves(members)[0])):
+        terms, result = _compiled(one)(context, jax.tree.map(lambda leaf, number=number: leaf[number], members))
+        sums = _add(sums, terms)
+        results.append(result)
+    return sums, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(one: One) -> Any:
+    return jax.jit(one)
+
+
+_add = jax.jit(add)
+
+
+def _summed(terms: Tree) -> Tree:
+    """Terms of several members, [k, ...], as one."""
+    return jax.tree.map(lambda leaf: leaf.sum(0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf.max(0), terms)
+
+
+def _padded(members: Tree, idle: Tree, size: int, divide: bool = False) -> tuple[Tree, int]:
+    """Members up to a multiple of `size`; and how many chunks of it there are."""
+    total = len(jax.tree.leaves(members)[0])
+    size = size if divide else min(size, total)
+    count = -(-total // size)
+    missing = count * size - total
+    fill = lambda leaf, one: jnp.concatenate([leaf, jnp.repeat(jnp.asarray(one, leaf.dtype)[None], missing, 0)])
+    return (jax.tree.map(fill, members, idle) if missing else members), count
