@@ -32,21 +32,26 @@ def channel_attention(x: jax.Array, reduce: Reduce = "mean") -> jax.Array:
     """
     x = _checked(x, reduce)
     if choice.available(x):
-        sums = choice.map_sums(_by_position(x), "positions", reduce)
-    else:
-        # One axis after the other, which XLA:CPU adds up four times as fast as both at once or products with ones.
-        sums = _terms(x, reduce).sum(1).sum(1)
-    means = sums / (x.shape[1] * x.shape[2])
+        return choice.map_means(_by_position(x), "positions", reduce)
+    # One axis after the other, which XLA:CPU adds up four times as fast as both at once or products with ones.
+    means = _terms(x, reduce).sum(1).sum(1) / (x.shape[1] * x.shape[2])
     return jnp.sqrt(means) if reduce == "l2" else means
+
+
+def group_attention(x: jax.Array, reduce: Reduce, size: int) -> jax.Array:
+    """Attention of groups of so many neighbouring channels, the mean of theirs: [N, C / size]."""
+    x = _checked(x, reduce)
+    if choice.available(x):
+        return choice.map_means(_by_position(x), "positions", reduce, size)
+    return channel_attention(x, reduce).reshape(len(x), -1, size).mean(-1)
 
 
 def column_attention(x: jax.Array, reduce: Reduce = "mean") -> jax.Array:
     """Attention of every column: as `channel_attention`, but over the channels; [N, H, W]."""
     x = _checked(x, reduce)
     if choice.available(x):
-        means = choice.map_sums(_by_position(x), "channels", reduce).reshape(x.shape[:3])
-        means = means / x.shape[-1]
-    elif jax.default_backend() == "cpu":
+        return choice.map_means(_by_position(x), "channels", reduce).reshape(x.shape[:3])
+    if jax.default_backend() == "cpu":
         ones = jnp.ones(x.shape[-1], x.dtype)
         means = jnp.matmul(_terms(x, reduce), ones, precision=lax.Precision.HIGHEST) / x.shape[-1]
     else:

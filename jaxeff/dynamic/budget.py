@@ -169,8 +169,10 @@ def choose_ratios(
       The index of the option of each block.
 
     Raises:
-      ValueError: if no choice keeps the budget; the smallest reachable cost is named.
+      ValueError: if no choice keeps the budget, of which the smallest reachable cost is named; for steps below 1.
     """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     least = sum(min(row) for row in costs)
     if least > budget:
         raise ValueError(f"budget={budget:.6g} cannot be met: the cheapest options together cost {least:.6g}")
@@ -179,12 +181,13 @@ def choose_ratios(
     if sum(row[option] for row, option in zip(costs, free, strict=True)) <= budget * (1 + 1e-9):
         return free
     # From the cheapest choice on, what each option costs more, in steps of what is left of the budget.
-    unit = (budget - least) / steps or 1.0
+    # Where nothing is left, whatever costs more is too much.
+    unit = (budget - least) / steps or min((cost for row in costs for cost in row if cost > 0), default=1.0) * 1e-9
     best = np.full(steps + 1, np.inf)
     best[0] = 0.0
     chosen: list[np.ndarray] = []
     for row, loss in zip(costs, losses, strict=True):
-        more = [int(np.ceil(round((cost - min(row)) / unit, 6))) for cost in row]
+        more = [_steps_of(cost - min(row), unit) for cost in row]
         options = np.full((len(row), steps + 1), np.inf)
         for i, (extra, value) in enumerate(zip(more, loss, strict=True)):
             if extra <= steps:
@@ -195,8 +198,13 @@ def choose_ratios(
     for row, pick in zip(reversed(costs), reversed(chosen), strict=True):
         option = int(pick[at])
         picks.append(option)
-        at -= int(np.ceil(round((row[option] - min(row)) / unit, 6)))
+        at -= _steps_of(row[option] - min(row), unit)
     return tuple(reversed(picks))
+
+
+def _steps_of(cost: float, unit: float) -> int:
+    """Steps of a cost, rounded up; what is meant by three units is three of them."""
+    return int(np.ceil(round(cost / unit, 6)))
 
 
 def _options(found: Sensitivity, dimensions: Sequence[str]) -> list[tuple[int, int]]:
@@ -242,7 +250,7 @@ def _layer_seconds(call, pairs, rounds, footprint) -> tuple[list[float], float]:
         settings = dataclasses.replace(call.settings, channels=channels, columns=columns)
         if channels or columns:
             at = call._replace(settings=settings)
-            names = convolution.candidates(settings, call.x, call.window)
+            names = convolution.candidates(settings, call.x, call.window, call.features)
             forms |= {(number, name): with_engine(at, name) for name in names}
     optional = [key for key in forms if key[0] != "dense" and key[1] != "mask"]
     times = {

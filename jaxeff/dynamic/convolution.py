@@ -6,6 +6,7 @@ M_in has zeros at the dropped channels and columns of each sample, M_out at the 
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -73,11 +74,13 @@ def conv(
       [N, H', W', O]. Gradients pass what is kept, and only that; none pass through the choice.
 
     Raises:
-      TypeError: if x is not floating point, or indices are not integers.
+      TypeError: if x is not floating point, indices are not integers, or padding is a number.
       ValueError: for an empty x, shapes or indices that do not fit, a group size or tile that does not divide, an
         unknown engine or one that does not fit or has nothing to save here.
     """
     _check_operands(x, kernel)
+    if isinstance(padding, int):
+        raise TypeError(f'padding is "SAME", "VALID" or two (low, high) pairs, got {padding}')
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     # Inside `shard_map`, a shared operand becomes one that may differ, so that its gradient is summed over devices.
     x, kernel = compat.vary(x, compat.varying_axes(kernel)), compat.vary(kernel, compat.varying_axes(x))
@@ -132,12 +135,18 @@ def resolved(settings: DynamicSpec, kept: Kept, x: Any, kernel: Any, window: Geo
     return "mask" if missing else name
 
 
-def candidates(settings: DynamicSpec, x: Any, window: Geometry) -> list[str]:
-    """Names of the exact engines that can compute a convolution of x and save something there, and "mask"."""
+def candidates(settings: DynamicSpec, x: Any, window: Geometry, features: int | None = None) -> list[str]:
+    """Names of the exact engines that can compute a convolution of x and save something there, and those that mask.
+
+    Args:
+      settings, x, window: of the convolution.
+      features: how many output channels are computed; None for all.
+    """
     return [
         name
         for name, engine in ENGINES.items()
         if engine.exact
+        and (features is not None or engine.saves or not engine.features)
         and (jax.default_backend() == "gpu" or not engine.gpu)
         and all(getattr(settings, axis, 0.0) for axis in engine.saves)
         and not engine.misfit(window, settings, x)
@@ -244,6 +253,10 @@ def _both(window, settings, x, kernel, kept):
 
 
 def _native_mask(window, settings, x, kernel, kept):
+    return engines.native_conv(window, x, kernel)
+
+
+def _native_features(window, settings, x, kernel, kept):
     return engines.native_conv(window, x, kernel, features=kept.features)
 
 
@@ -290,7 +303,8 @@ ENGINES: dict[str, Engine] = {
     "width_slices": Engine(("widths",), _width_slices),
     "columns": Engine(("columns",), _columns),
     "channels_and_columns": Engine(("channels", "columns"), _both),
-    "native_mask": Engine((), _native_mask, features=True, misfit=_native_misfit),
+    "native_mask": Engine((), _native_mask, misfit=_native_misfit),
+    "native_features": Engine((), _native_features, features=True, misfit=_native_misfit),
     "native_channels": Engine(("channels",), _native_channels, features=True, misfit=_native_misfit),
     "native_columns": Engine(("columns",), _native_columns, features=True, misfit=_native_misfit),
     "native_channels_and_columns": Engine(("channels", "columns"), _native_both, features=True, misfit=_native_misfit),
@@ -314,10 +328,10 @@ def _flat(x: jax.Array) -> tuple[tuple[int, int], jax.Array]:
 
 
 def _two(value: int | Sequence[int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = (value, value) if isinstance(value, numbers.Integral) else tuple(value)  # type: ignore[arg-type]
     if len(pair) != 2 or min(pair) < 1:
         raise ValueError(f"strides and dilation are one number or two, at least 1, got {value!r}")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
 
 
 def _check_operands(x: jax.Array, kernel: jax.Array) -> None:

@@ -31,7 +31,7 @@ def gate(
     Args:
       architecture: VGG, ResNet, MobileNet or any other; it stays as it is.
       settings: one for every layer that can have a gate; or a sequence of one for each of `blocks(architecture)`; or
-        {path or glob of layers: settings}. None is no gate.
+        {path or glob of layers: settings}, of which the last that matches a layer counts. None is no gate.
 
     Returns:
       The architecture with `gate` at the convolutions that read what is gated; `models.Network(..., gate=gate_layer)`

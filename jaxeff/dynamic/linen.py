@@ -82,9 +82,11 @@ class Gated(nn.Module):
 
     Attributes:
       network: any Linen module that uses `nn.Conv`, or other layers with an attribute `conv_general_dilated_cls`.
-      gates: {path or glob of the convolutions that read what is gated, as in "block1/*/conv2": settings}.
+      gates: {path or glob of the convolutions that read what is gated, as in "block1/*/conv2": settings}; of several
+        that match one, the last.
 
     Raises:
+      TypeError: when it is called, for settings that are no `DynamicSpec`.
       ValueError: when it is called, for a name that matches no convolution, listing those there are, or a layer that
         has a `conv_general_dilated_cls` already.
     """
@@ -98,6 +100,8 @@ class Gated(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the network."""
+        if wrong := {name: value for name, value in self.gates.items() if not isinstance(value, DynamicSpec)}:
+            raise TypeError(f"gates: expected a jaxeff.dynamic.DynamicSpec for each name, got {wrong}")
         seen: list[str] = []
         made: list[Any] = []
         inside: list[str] = []
@@ -108,10 +112,10 @@ class Gated(nn.Module):
             if context.method_name != "__call__" or not hasattr(module, "conv_general_dilated_cls"):
                 return call(*call_args, **call_kwargs)
             path = "/".join(_path(module)[root:])
-            if any(path.startswith(f"{outer}/") for outer in inside):
+            if any(not outer or path.startswith(f"{outer}/") for outer in inside):
                 return call(*call_args, **call_kwargs)
             seen.append(path)
-            settings = next((s for name, s in self.gates.items() if fnmatch.fnmatchcase(path, name)), None)
+            settings = next((s for name, s in reversed([*self.gates.items()]) if fnmatch.fnmatchcase(path, name)), None)
             own = module.conv_general_dilated_cls
             if settings is None or any(own is gate for gate in made):
                 return call(*call_args, **call_kwargs)
@@ -132,7 +136,9 @@ class Gated(nn.Module):
         with nn.intercept_methods(intercept):
             result = self.network(*args, **kwargs)
         if unused := [name for name in self.gates if not fnmatch.filter(seen, name)]:
-            raise ValueError(f"gates name {unused}, but the convolutions are: {', '.join(seen)}")
+            within = [path for path in seen if any(path.startswith(f"{outer}/") for outer in seen)]
+            known = ", ".join(path for path in seen if path not in within)
+            raise ValueError(f"gates name {unused}, but the convolutions are: {known}")
         return result
 
 

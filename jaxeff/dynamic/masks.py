@@ -46,9 +46,11 @@ def top_k_indices(scores: jax.Array, k: int) -> jax.Array:
       int32 [..., k], without gradient.
 
     Raises:
+      TypeError: for a k that is no whole number.
       ValueError: for a k outside 1..S.
     """
     _check_count(k, scores)
+    k = int(k)
     # Ascending, because neighbours in memory are then read one after the other.
     if choice.available(scores):
         return choice.highest(lax.stop_gradient(scores), k)
@@ -72,10 +74,15 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
         compiles once; a traced one outside 1..S is taken as 0 or S.
 
     Raises:
+      TypeError: for a number with a fraction.
       ValueError: for a number that is not traced, outside 1..S.
     """
+    if isinstance(k, float | np.floating):
+        raise TypeError(f"k must be a whole number, got {k!r}")
     if isinstance(k, int | np.integer):
         _check_count(int(k), scores)
+    if choice.available(scores):
+        return choice.highest_mask(lax.stop_gradient(scores), k)
     keys = _ordered(_ranked(scores))
     # The k-th highest, bit by bit: sorting takes twenty times as long on CPU.
     zero, bits = jnp.zeros((), keys.dtype), jnp.iinfo(keys.dtype).bits
@@ -91,6 +98,8 @@ def top_k_mask(scores: jax.Array, k: int | jax.Array) -> jax.Array:
 
 
 def _check_count(k: int, scores: jax.Array) -> None:
+    if not isinstance(k, int | np.integer):
+        raise TypeError(f"k must be a whole number, got {k!r}")
     if not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"k must be in 1..{scores.shape[-1]}, the number of scores, got {k}")
 

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from jaxeff.dynamic.attention import channel_attention, column_attention
+from jaxeff.dynamic.attention import column_attention, group_attention
 from jaxeff.dynamic.engines import Geometry, out_size
 from jaxeff.dynamic.engines.geometry import read_positions
 from jaxeff.dynamic.masks import mask_of, top_k_indices, top_k_mask
 from jaxeff.dynamic.settings import DynamicSpec
+from jaxeff.ops import choice
 
 
 class Kept(NamedTuple):
@@ -48,6 +50,9 @@ class Reader(NamedTuple):
 def select(x: jax.Array, settings: DynamicSpec, reader: Reader | None = None) -> Kept:
     """Ranks the channels and columns of a map, and the outputs of who reads it, and keeps the highest.
 
+    A channel that holds a NaN comes last; where it is dropped, columns and outputs are ranked without it. A column that
+    holds one in a channel that is kept comes last, too.
+
     Args:
       x: [N, H, W, C], floating point.
       settings: ratios, group size, tile, order and reduction.
@@ -62,17 +67,16 @@ def select(x: jax.Array, settings: DynamicSpec, reader: Reader | None = None) ->
     """
     size, channels = _checked_shape(x)
     groups, tiles = settings.groups_kept(channels), settings.tiles_kept(size)
-    kept_channels = kept_columns = kept_outputs = None
+    kept_channels = kept_columns = kept_outputs = scores = None
     if groups < channels // settings.group_size:
-        kept_channels = top_k_indices(group_scores(x, settings), groups)
-    if settings.order == "channel_first":
-        x = masked(x, Kept(kept_channels), settings)
+        scores = group_scores(x, settings)
+        kept_channels = top_k_indices(scores, groups)
     if settings.columns and tiles < size[0] * size[1] // settings.tile**2:
-        kept_columns = top_k_indices(tile_scores(x, settings), tiles)
+        kept_columns = top_k_indices(tile_scores(x, settings, scores, groups), tiles)
     if settings.outputs:
         if reader is None:
             raise ValueError("outputs of a convolution are to be dropped, which is not known: pass reader")
-        kept_outputs = _kept_outputs(x, settings, reader)
+        kept_outputs = _kept_outputs(x, settings, reader, scores, groups)
     return Kept(kept_channels, kept_columns, kept_outputs)
 
 
@@ -108,18 +112,31 @@ def masked_by_scores(x: jax.Array, kept: Kept, axes: Collection[str], settings: 
 
     The masks come from the scores again, not from the indices: those are then not computed where nobody gathers.
     """
-    by_channel = by_column = None
+    groups = columns = 0
+    by_group = by_column = None
     if kept.channels is not None:
-        by_channel = top_k_mask(group_scores(x, settings), kept.channels.shape[-1])
+        by_group, groups = group_scores(x, settings), kept.channels.shape[-1]
     if kept.columns is not None:
-        ranked = _masked(x, by_channel, None, settings) if settings.order == "channel_first" else x
-        by_column = top_k_mask(tile_scores(ranked, settings), kept.columns.shape[-1])
-    return _masked(x, by_channel if "channels" in axes else None, by_column if "columns" in axes else None, settings)
+        by_column, columns = tile_scores(x, settings, by_group, groups), kept.columns.shape[-1]
+    # Their scores were needed to rank what is masked here, if at all.
+    by_group = by_group if "channels" in axes else None
+    by_column = by_column if "columns" in axes else None
+    if by_group is None and by_column is None:
+        return x
+    if choice.available(x) and (by_column is None or settings.tile == 1):
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        scores = [jnp.zeros((len(x), 0)) if scores is None else scores for scores in (by_group, by_column)]
+        return choice.keep_highest(flat, *map(lax.stop_gradient, scores), (groups, columns)).reshape(x.shape)
+    channels = None if by_group is None else top_k_mask(by_group, groups)
+    return _masked(x, channels, None if by_column is None else top_k_mask(by_column, columns), settings)
 
 
 def masked_outputs(y: jax.Array, kept: Kept, settings: DynamicSpec) -> jax.Array:
     """The output [N, H', W', O] of a convolution with zeros at positions and channels that are not to be computed."""
-    if kept.features is not None:
+    if kept.features is not None and choice.available(y):
+        flat = y.reshape(len(y), -1, y.shape[-1])
+        y = choice.keep_channels(flat, kept.features.astype(jnp.int32)).reshape(y.shape)
+    elif kept.features is not None:
         y = jnp.where(mask_of(kept.features, y.shape[-1])[:, None, None], y, 0)
     if kept.outputs is None:
         return y
@@ -142,15 +159,19 @@ def masked_by_ratio(
       [N, H, W, C].
 
     Raises:
-      TypeError, ValueError: as `select`.
+      TypeError, ValueError: as `select`; for ratios that are not traced, outside [0, 1).
     """
     size, width = _checked_shape(x)
+    for name, ratio in (("channels", channels), ("columns", columns)):
+        if not isinstance(ratio, jax.core.Tracer) and not ((np.asarray(ratio) >= 0) & (np.asarray(ratio) < 1)).all():
+            raise ValueError(f"{name} is the share that is dropped, in [0, 1), got {ratio}")
     settings.groups_kept(width)
-    by_channel = top_k_mask(group_scores(x, settings), _traced_count(channels, width // settings.group_size))
+    scores, groups = group_scores(x, settings), _traced_count(channels, width // settings.group_size)
+    by_channel = top_k_mask(scores, groups)
     if not settings.columns and (size[0] % settings.tile or size[1] % settings.tile):
         return _masked(x, by_channel, None, settings)
-    ranked = _masked(x, by_channel, None, settings) if settings.order == "channel_first" else x
-    by_column = top_k_mask(tile_scores(ranked, settings), _traced_count(columns, size[0] * size[1] // settings.tile**2))
+    tiles = _traced_count(columns, size[0] * size[1] // settings.tile**2)
+    by_column = top_k_mask(tile_scores(x, settings, scores, groups), tiles)
     return _masked(x, by_channel, by_column, settings)
 
 
@@ -158,25 +179,47 @@ def outputs_by_ratio(x: jax.Array, channels: float | jax.Array, settings: Dynami
     """The outputs that `select` keeps where the ratio of channels may be traced; that of the outputs is not."""
     if not settings.outputs:
         return Kept()
-    if settings.order == "channel_first":
-        counts = _traced_count(channels, x.shape[-1] // settings.group_size)
-        x = _masked(x, top_k_mask(group_scores(x, settings), counts), None, settings)
-    return Kept(outputs=_kept_outputs(x, settings, reader))
+    groups = _traced_count(channels, x.shape[-1] // settings.group_size)
+    return Kept(outputs=_kept_outputs(x, settings, reader, group_scores(x, settings), groups))
 
 
 def group_scores(x: jax.Array, settings: DynamicSpec) -> jax.Array:
     """What channel groups are ranked by, [N, G]."""
-    scores = channel_attention(x, settings.reduce).reshape(len(x), -1, settings.group_size).mean(-1)
-    return _ranked_by(settings, scores)
+    return _ranked_by(settings, group_attention(x, settings.reduce, settings.group_size))
 
 
-def tile_scores(x: jax.Array, settings: DynamicSpec) -> jax.Array:
+def tile_scores(
+    x: jax.Array, settings: DynamicSpec, by_group: jax.Array | None = None, groups: int | jax.Array = 0
+) -> jax.Array:
     """What tiles are ranked by, in row-major order, [N, T].
+
+    Args:
+      x: the map.
+      settings: with order "channel_first", dropped channels count as zero.
+      by_group: scores of channel groups, [N, G], where some are dropped. In any order, one that is dropped for a NaN
+        does not make every column NaN.
+      groups: how many of these are kept, traced or not.
 
     Raises:
       ValueError: if the tile does not divide the map.
     """
-    return _ranked_by(settings, _by_tile(column_attention(x, settings.reduce), settings.tile))
+    return _ranked_by(settings, _by_tile(_columns_of_kept(x, settings, by_group, groups), settings.tile))
+
+
+def _columns_of_kept(x, settings, by_group, groups) -> jax.Array:
+    """Attention of the columns [N, H, W], as far as channels are kept."""
+    if by_group is None:
+        return column_attention(x, settings.reduce)
+    only_nan = settings.order != "channel_first"
+    if choice.available(x) and isinstance(groups, int):
+        flat = x.reshape(len(x), -1, x.shape[-1])
+        means = choice.means_of_kept(flat, by_group, groups, settings.reduce, only_nan=only_nan)
+        return means.reshape(x.shape[:3])
+    keeps = top_k_mask(by_group, groups)
+    if not only_nan:
+        return column_attention(_masked(x, keeps, None, settings), settings.reduce)
+    sound = lambda: _masked(x, keeps | ~jnp.isnan(by_group), None, settings)
+    return column_attention(lax.cond(jnp.isnan(by_group).any(), sound, lambda: x), settings.reduce)
 
 
 def _ranked_by(settings, scores):
@@ -185,13 +228,14 @@ def _ranked_by(settings, scores):
     return -scores if settings.ranking == "inverse" else scores
 
 
-def _kept_outputs(x, settings, reader: Reader) -> jax.Array:
+def _kept_outputs(x, settings, reader: Reader, by_group, groups) -> jax.Array:
     size = (x.shape[1], x.shape[2])
     out = out_size(reader.window, size, reader.kernel)
     kept = settings.tiles_kept(out, "outputs")
     reads = read_positions(reader.window, size, reader.kernel)
     # Whatever reads a NaN has the score NaN, and comes last.
-    padded = jnp.pad(column_attention(x, settings.reduce).reshape(len(x), -1), ((0, 0), (0, 1)))
+    columns = _columns_of_kept(x, settings, by_group, groups)
+    padded = jnp.pad(columns.reshape(len(x), -1), ((0, 0), (0, 1)))
     scores = padded[:, reads].mean(1).reshape(len(x), *out)
     return top_k_indices(_ranked_by(settings, _by_tile(scores, settings.tile)), kept)
 

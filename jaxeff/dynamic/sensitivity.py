@@ -76,7 +76,7 @@ def sensitivity(
 
     Raises:
       ValueError: for a grid that does not ascend from 0 to below 1, images and labels that do not fit, paths that no
-        gate has, or another number of names than of blocks.
+        gate has, another number of names than of blocks, or a batch size below 1.
     """
     ratios = np.asarray(grid, np.float32)
     if not len(ratios) or ratios[0] != 0 or np.any(np.diff(ratios) <= 0) or ratios[-1] >= 1:
@@ -84,6 +84,8 @@ def sensitivity(
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
         raise ValueError(f"images and labels must be [N, H, W, C] and [N], got {images.shape} and {labels.shape}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if names and len(names) != len(paths):
         raise ValueError(f"names are of {len(paths)} blocks, got {len(names)}: {tuple(names)}")
     size = min(batch_size, len(images))

@@ -28,7 +28,8 @@ class DynamicSpec:
       engine: how the convolution is computed, a name of `jaxeff.dynamic.ENGINES` or "auto".
 
     Raises:
-      TypeError: for a ratio that is no number; traced ones are for `jaxeff.dynamic.masked_by_ratio`.
+      TypeError: for a ratio that is no number, or an engine that is no name; traced ratios are for
+        `jaxeff.dynamic.masked_by_ratio`.
       ValueError: for a ratio outside [0, 1), sizes below 1, or an unknown order, reduction or ranking.
     """
 
@@ -51,8 +52,11 @@ class DynamicSpec:
                 raise ValueError(f"{name} is the share that is dropped, in [0, 1), got {value}")
         for name in ("group_size", "tile"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            object.__setattr__(self, name, int(value))
+        if not isinstance(self.engine, str):
+            raise TypeError(f"engine must be the name of one, or 'auto', got {self.engine!r}")
         for name, known in (("order", ORDERS), ("reduce", REDUCES), ("ranking", RANKINGS)):
             if getattr(self, name) not in known:
                 valid = ", ".join(map(repr, known))

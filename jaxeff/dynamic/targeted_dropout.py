@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxeff import spec
 from jaxeff.dynamic.gate import blocks, readers
@@ -55,8 +56,8 @@ def ratio_ascent(targets: Any, *, start: float = 0.1, increment: float = 0.05, e
     goal = jnp.asarray(targets, jnp.float32)
     if goal.ndim != 2 or goal.shape[1] != 2:
         raise ValueError(f"targets must be [blocks, 2] (channels, columns), got shape {goal.shape}")
-    if not bool(jnp.all((goal >= 0) & (goal < 1))) or not 0 <= start < 1:
-        raise ValueError(f"ratios are shares that are dropped, in [0, 1), got start={start} and targets {targets}")
+    _check_ratios("targets", targets)
+    _check_ratios("start", start)
     if not increment > 0 or every < 1:
         raise ValueError(f"increment must be above 0 and every at least 1, got {increment} and {every}")
 
@@ -74,6 +75,7 @@ def ascent_steps(targets: Any, *, start: float = 0.1, increment: float = 0.05, e
     """
     if not increment > 0:
         raise ValueError(f"increment must be above 0, got {increment}")
+    _check_ratios("targets", targets)
     highest = float(jnp.max(jnp.asarray(targets)))
     return max(0, math.ceil(round((highest - start) / increment, 6))) * every
 
@@ -94,8 +96,9 @@ def ratio_variables(paths: Sequence[Sequence[str]], table: Any) -> dict[str, Any
         not.
 
     Raises:
-      ValueError: if there are not as many ratios as blocks.
+      ValueError: if there are not as many ratios as blocks, or ratios that are not traced are outside [0, 1).
     """
+    _check_ratios("table", table)
     table = jnp.asarray(table)
     if table.shape[:2] != (len(paths), 2):
         raise ValueError(f"table must be [{len(paths)}, 2], a pair for each block, got shape {table.shape}")
@@ -169,7 +172,12 @@ def sandwich(
     Returns:
       The functions of the same network under the rule. While training, `apply` needs a key and a batch of a multiple of
       four, whose examples belong to the quarters in turn; it raises ValueError otherwise.
+
+    Raises:
+      ValueError: for ratios outside [0, 1).
     """
+    _check_ratios("least", least)
+    _check_ratios("most", most)
     low, high = jnp.asarray(least, jnp.float32), jnp.asarray(most, jnp.float32)
 
     def at(table, *call):
@@ -209,17 +217,18 @@ def calibrate(
 
     Args:
       functions: (init, apply) of a network with a collection "batch_stats" of means and variances, leaves called "mean"
-        and "var".
+        and "var"; where ratios are given here, not those of `targeted_dropout`, which has its own.
       variables: of the network.
       batches: inputs, each as large as a training batch.
       paths: of the gates of each block, as of `block_paths`; empty for the gates' own ratios.
       table: [B, 2], shares of channels and columns that are dropped; with `paths`, and only with them.
 
     Returns:
-      The variables with the new statistics.
+      The variables with the new statistics; those that do not change in training, of norms that are frozen, are kept.
 
     Raises:
-      ValueError: without batches or statistics, for an empty batch, or for paths without a table.
+      ValueError: without batches or statistics, for an empty batch, for paths without a table, or where something else
+        sets the ratios.
     """
     if bool(len(paths)) != (table is not None):
         raise ValueError("paths and table belong together: give both, or neither for the gates' own ratios")
@@ -229,21 +238,27 @@ def calibrate(
         raise ValueError("variables have no batch_stats: there is nothing to calibrate")
 
     @jax.jit
-    def updated(constant, inputs):
-        stats = jax.tree.map(lambda leaf: jnp.full_like(leaf, constant), old)
+    def updated(stats, inputs):
         call = {**rest, "batch_stats": stats}, inputs, True, jax.random.key(0)
         _, state = _at(functions, paths, table, *call) if len(paths) else functions.apply(*call)
         return state["batch_stats"]
 
-    total, count, kept = None, 0, None
+    total, count = None, 0
     for inputs in batches:
         if not len(jax.tree.leaves(inputs)[0]):
             raise ValueError(f"batches: batch {count} is empty; its statistics would be NaN")
-        # A norm keeps m * old + (1 - m) * batch; from zeros and from ones, both m and the batch's own are known.
-        by_zero = updated(0.0, inputs)
-        if kept is None:
-            kept = jax.tree.map(jnp.subtract, updated(1.0, inputs), by_zero)
-        own = jax.tree.map(lambda value, m: value / (1 - m), by_zero, kept)
+        if total is None:
+            # What stays at any two constants is of frozen norms, which all others see as they are.
+            tried = [jax.tree.map(lambda leaf, n=n: jnp.full_like(leaf, n), old) for n in (0.0, 1.0)]
+            stays = [jax.tree.map(lambda a, b: (a == b).all(), stats, updated(stats, inputs)) for stats in tried]
+            frozen = jax.tree.map(jnp.logical_and, *stays)
+            zeros, ones = (jax.tree.map(jnp.where, frozen, old, stats) for stats in tried)
+            # A norm keeps m * old + (1 - m) * batch; from zeros and from ones, both m and the batch's own are known.
+            kept = jax.tree.map(jnp.subtract, updated(ones, inputs), updated(zeros, inputs))
+        own = jax.tree.map(
+            lambda fixed, was, value, m: jnp.where(fixed, was, value / jnp.where(fixed, 1, 1 - m)),
+            frozen, old, updated(zeros, inputs), kept,
+        )  # fmt: skip
         total = own if total is None else jax.tree.map(jnp.add, total, own)
         count += 1
     if total is None:
@@ -253,9 +268,22 @@ def calibrate(
 
 def _at(functions, paths, table, variables, inputs, train, key):
     """Calls a network whose gates have the ratios of a table."""
+    if RATIOS in variables:
+        raise ValueError(
+            "the ratios of the gates are given twice: take the functions of the network itself, not those of "
+            "`targeted_dropout` or `sandwich`"
+        )
     with reading_ratios(paths):
         outputs, state = functions.apply({**variables, RATIOS: ratio_variables(paths, table)}, inputs, train, key)
     return outputs, {name: value for name, value in state.items() if name != RATIOS}
+
+
+def _check_ratios(name: str, ratios: Any) -> None:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(ratios)):
+        return
+    values = np.asarray(ratios, np.float64)
+    if not ((values >= 0) & (values < 1)).all():
+        raise ValueError(f"{name}: ratios are shares that are dropped, in [0, 1), got {np.round(values, 6).tolist()}")
 
 
 def with_ratios(architecture: spec.Architecture, table: Any) -> spec.Architecture:
@@ -266,13 +294,15 @@ def with_ratios(architecture: spec.Architecture, table: Any) -> spec.Architectur
       table: [B, 2], shares of channels and columns that are dropped in each block.
 
     Raises:
-      ValueError: if there are not as many ratios as blocks.
+      ValueError: if there are not as many ratios as blocks, or no layer has a gate.
     """
     found = blocks(architecture)
     rows = [[round(float(value), 6) for value in row] for row in table]  # 0.1 in float32 is a little more
     if len(rows) != len(found):
         raise ValueError(f"table must have {len(found)} rows, one for each block, got {len(rows)}")
     gates = {path: layer.gate for path, layer in spec.walk(architecture) if isinstance(layer, spec.Conv)}
+    if not any(isinstance(gate, DynamicSpec) for gate in gates.values()):
+        raise ValueError(f"{architecture.name!r} has no gates to give ratios to: call `jaxeff.dynamic.gate` first")
     reads = readers(architecture)
     for paths, (channels, columns) in zip(found, rows, strict=True):
         for path in paths:

@@ -37,7 +37,7 @@ def tune(
     calls = {call.signature: call for call in gated_calls(module, *inputs, options=options)}
     footprint, found = parameter_bytes(module, *inputs, options=options), {}
     for name, call in calls.items():
-        names = convolution.candidates(call.settings, call.x, call.window)
+        names = convolution.candidates(call.settings, call.x, call.window, call.features)
         forms = {engine: with_engine(call, engine) for engine in names}
         if train:
             forms = {engine: _step(form) for engine, form in forms.items()}

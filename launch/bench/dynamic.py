@@ -119,7 +119,7 @@ def conv_features(pairs: int) -> Iterator[dict[str, Any]]:
     if engines.native_misfit(jnp.float32):
         return
     settings = {
-        "outputs": DynamicSpec(engine="native_mask"),
+        "outputs": DynamicSpec(engine="native_features"),
         "both": DynamicSpec(channels=0.5, engine="native_channels"),
     }
     for batch in (1, 8):
@@ -155,6 +155,7 @@ LAYERS = (
     (8, 512, 512),
     (4, 256, 512),
     (4, 512, 512),
+    (2, 512, 512),
 )
 
 

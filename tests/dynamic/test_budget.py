@@ -111,3 +111,9 @@ def test_bad_input_is_refused(report):
     images = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
     with pytest.raises(ValueError, match=r"share=1e-06 of the dense time cannot be met: the least is [0-9.]+"):
         dynamic.ratios_within_seconds(network, images, GATED, FOUND, 1e-6, rounds=1)
+
+
+def test_a_budget_of_the_cheapest_leaves_no_choice():
+    assert dynamic.choose_ratios([[1e-7, 3e-7]], [[1.0, 0.0]], 1e-7) == (0,)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        dynamic.choose_ratios([[1.0, 2.0]], [[1.0, 0.0]], 1.5, steps=0)

@@ -287,3 +287,28 @@ def test_bad_gates_of_networks_are_named():
     with pytest.raises(TypeError, match="layer 'conv2' has the gate 0.5; expected a jaxeff.dynamic.DynamicSpec"):
         network = models.Network(spec.gate(PLAN, 0.5, "conv2"), gate=dynamic.gate_layer)
         jax.eval_shape(network.init, jax.random.key(0), jnp.ones((1, *PLAN.input_shape)))
+
+
+def test_of_several_patterns_the_last_counts_and_settings_are_checked():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(4, (3, 3), name="conv2")(nn.Conv(4, (3, 3), name="conv1")(x))
+
+    gates = {"*2": DynamicSpec(channels=0.25), "conv[12]": DynamicSpec(channels=0.5)}
+    calls = dynamic.gated_calls(dynamic.Gated(Two(), gates), jnp.zeros((1, 4, 4, 4)))
+    assert [call.settings.channels for call in calls] == [0.5, 0.5]
+    with pytest.raises(TypeError, match="expected a jaxeff.dynamic.DynamicSpec for each name, got"):
+        dynamic.Gated(Two(), {"conv1": 0.5}).init(jax.random.key(0), jnp.zeros((1, 4, 4, 4)))
+    with pytest.raises(TypeError, match="engine must be the name of one"):
+        DynamicSpec(channels=0.5, engine=None)
+    assert DynamicSpec(channels=0.5, group_size=np.int64(2)).groups_kept(8) == 2
+
+
+def test_a_boosted_layer_by_itself_takes_a_gate():
+    layer = dynamic.BoostedConv(4)
+    x = jnp.abs(jax.random.normal(jax.random.key(0), (1, 4, 4, 4)))
+    gated = dynamic.Gated(layer, {"*": DynamicSpec(channels=0.5)})
+    variables = gated.init(jax.random.key(1), x)
+    assert jax.tree.structure(variables) == jax.tree.structure(layer.init(jax.random.key(1), x))
+    assert np.abs(gated.apply(variables, x) - layer.apply(variables, x)).max() > 1e-3

@@ -70,10 +70,10 @@ def test_measured_boosted_layers_run_in_compiled_code(tmp_path, monkeypatch):
     variables = started(layer, x)
     (call,) = dynamic.gated_calls(layer, x)
     assert set(dynamic.tune(layer, x)) == {call.signature}
-    autotune.remember({call.signature: "native_mask"})
+    autotune.remember({call.signature: "native_features"})
     np.testing.assert_allclose(layer.apply(variables, x), boosted(variables, x, 4, 1)[0], rtol=2e-5, atol=2e-5)
     (row,) = dynamic.speed_report(layer, x, rounds=1).rows
-    assert row.engine == "native_mask" and row.counted == 2
+    assert row.engine == "native_features" and row.counted == 2
 
 
 def test_its_gradient_and_loss_are_those_of_the_formula():
@@ -240,7 +240,7 @@ def test_what_compiled_code_leaves_out_is_not_counted_twice(tmp_path, monkeypatc
     network, images = models.Network(architecture, conv=conv), jnp.zeros((1, 6, 6, 2))
     variables = network.init(jax.random.key(0), images)
     calls = dynamic.gated_calls(network, images)
-    for engine in ("mask", "native_mask"):
+    for engine in ("mask", "native_mask", "native_features"):
         autotune.remember({call.signature: engine for call in calls})
         report = costs.analyze(lambda *args: network.apply(*args), variables, images, residuals=False)
         table = dynamic.counted_macs(architecture, report, conv=conv)

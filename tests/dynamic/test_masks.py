@@ -101,3 +101,12 @@ def test_bad_counts_are_refused():
             top_k_indices(jnp.zeros((2, 8)), k)
         with pytest.raises(ValueError, match=rf"k must be in 1\.\.8, the number of scores, got {k}"):
             top_k_mask(jnp.zeros((2, 8)), k)
+
+
+def test_numbers_with_a_fraction_are_refused():
+    scores = jnp.arange(4.0)
+    for k in (2.0, 2.5, np.float32(2)):
+        for function in (top_k_indices, top_k_mask):
+            with pytest.raises(TypeError, match="k must be a whole number"):
+                function(scores, k)
+    np.testing.assert_array_equal(top_k_indices(scores, np.int64(2)), [2, 3])

@@ -17,6 +17,7 @@ from jaxeff.dynamic import (
     select,
 )
 from jaxeff.dynamic.engines import geometry
+from jaxeff.ops import choice
 
 X = np.random.default_rng(0).normal(size=(2, 4, 6, 8)).astype(np.float32)
 REDUCED = {"mean": np.mean, "abs_mean": lambda a: np.mean(np.abs(a)), "l2": lambda a: np.sqrt(np.mean(np.square(a)))}
@@ -101,7 +102,11 @@ def test_a_nan_selects_nothing_and_does_not_pass_through_the_mask():
     x[0, 1, 2, 3] = np.nan
     spec = DynamicSpec(channels=0.5, columns=0.5)
     kept = select(x, spec)
-    assert 3 not in kept.channels[0] and 1 * 6 + 2 not in kept.columns[0]
+    assert 3 not in kept.channels[0]
+    # Columns are judged without that channel, and where all channels are kept a column that holds a NaN comes last.
+    without = select(np.where(np.arange(8) == 3, 0, np.abs(X)), spec)
+    np.testing.assert_array_equal(kept.columns[0], without.columns[0])
+    assert 1 * 6 + 2 not in select(x, DynamicSpec(columns=0.5)).columns[0]
     assert np.isfinite(masked(x, kept, spec)).all()
     # Kept channels that hold one pass it on, so that it is found: here all do.
     assert np.isnan(masked(np.full_like(x, np.nan), select(np.full_like(x, np.nan), spec), spec)).any()
@@ -148,3 +153,19 @@ def test_maps_that_do_not_fit_are_refused():
         select(X.astype(np.int32), DynamicSpec(channels=0.5))
     with pytest.raises(ValueError, match=r"a gate works on feature maps \[N, H, W, C\], got shape \(2, 8\)"):
         select(X[:, 0, 0], DynamicSpec(channels=0.5))
+
+
+@pytest.mark.parametrize("order", ["parallel", "channel_first"])
+@pytest.mark.parametrize("native", [True, False])
+def test_a_channel_of_nan_does_not_decide_which_columns_are_kept(order, native, monkeypatch):
+    monkeypatch.setattr("jaxeff.ops.choice.available", choice.available if native else lambda array: False)
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 6)).astype(np.float32)
+    settings = DynamicSpec(channels=0.5, columns=0.5, order=order)
+    without = x.copy()
+    x[0, :, :, 2] = np.nan
+    without[0, :, :, 2] = 0 if order == "parallel" else -99
+    found = select(jnp.asarray(x), settings)
+    assert 2 not in np.asarray(found.channels)[0]
+    np.testing.assert_array_equal(found.columns, select(jnp.asarray(without), settings).columns)
+    half = jax.jit(lambda x, r: masked_by_ratio(x, r, r, settings))(x, 0.5)
+    np.testing.assert_array_equal(half != 0, masked(jnp.asarray(x), found, settings) != 0)

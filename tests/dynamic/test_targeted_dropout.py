@@ -226,3 +226,41 @@ def test_bad_schedules_and_tables_are_refused():
         dynamic.ratio_variables(PATHS, np.zeros((3, 2)))
     with pytest.raises(ValueError, match="table must have 2 rows, one for each block, got 1"):
         dynamic.with_ratios(GATED, [[0.5, 0.5]])
+
+
+def test_calibration_leaves_frozen_norms_as_they_are():
+    class Frozen(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.BatchNorm(use_running_average=True, name="frozen")(x)
+            return nn.BatchNorm(use_running_average=not train, name="other")(x)
+
+    functions = training.from_linen(Frozen())
+    variables = functions.init(jax.random.key(0), X)
+    variables["batch_stats"]["frozen"] = jax.tree.map(lambda leaf: leaf + 3, variables["batch_stats"]["frozen"])
+    found = dynamic.calibrate(functions, variables, [X])["batch_stats"]
+    chex.assert_trees_all_equal(found["frozen"], variables["batch_stats"]["frozen"])
+    frozen = (X - 3) / np.sqrt(4 + 1e-5)
+    np.testing.assert_allclose(found["other"]["mean"], frozen.mean((0, 1, 2)), rtol=1e-3, atol=1e-4)
+
+
+def test_ratios_are_given_once_and_in_range(variables):
+    functions = training.from_linen(NETWORK)
+    schedule = dynamic.ratio_ascent([[0.5, 0.0]] * 2, every=10)
+    trained = dynamic.targeted_dropout(functions, PATHS, schedule)
+    state = {**variables, "ascent": {"step": jnp.zeros((), jnp.int32)}, "batch_stats": {"mean": jnp.zeros(1)}}
+    with pytest.raises(ValueError, match="the ratios of the gates are given twice"):
+        dynamic.calibrate(trained, state, [X], paths=PATHS, table=[[0.5, 0.0]] * 2)
+    high = [[1.5, 0.0]] * 2
+    for wrong in (
+        lambda: dynamic.ratio_variables(PATHS, high),
+        lambda: dynamic.sandwich(functions, PATHS, [[0.0, 0.0]] * 2, high),
+        lambda: dynamic.calibrate(functions, variables | {"batch_stats": {"a": X}}, [X], paths=PATHS, table=high),
+        lambda: dynamic.ascent_steps(high, every=10),
+        lambda: dynamic.masked_by_ratio(X, 1.5, 0.0, DynamicSpec()),
+        lambda: dynamic.masked_by_ratio(X, 0.5, np.nan, DynamicSpec()),
+    ):
+        with pytest.raises(ValueError, match=r"dropped, in \[0, 1\)"):
+            wrong()
+    with pytest.raises(ValueError, match="has no gates to give ratios to"):
+        dynamic.with_ratios(PLAN, [[0.5, 0.0]] * 2)
