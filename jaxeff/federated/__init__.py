@@ -1,6 +1,7 @@
 """Federated learning: who holds what, and what clients learn of it together."""
 
-from jaxeff.federated import aggregates, robust
+from jaxeff.federated import aggregates, fed2, robust
+from jaxeff.federated.accounting import Traffic, traffic
 from jaxeff.federated.aggregates import Aggregate, Member
 from jaxeff.federated.algorithms import (
     About,
@@ -16,6 +17,7 @@ from jaxeff.federated.algorithms import (
     moon,
     scaffold,
 )
+from jaxeff.federated.analysis import agreement, choose_depth, class_preference, primary_classes, total_variance
 from jaxeff.federated.clients import Clients, clients_of
 from jaxeff.federated.matching import assign, weight_match
 from jaxeff.federated.paired import group_weights, paired_average
@@ -47,16 +49,21 @@ __all__ = [
     "Report",
     "State",
     "Task",
+    "Traffic",
     "Upload",
     "adaptive",
     "aggregates",
+    "agreement",
     "assign",
     "by_classes",
     "by_key",
+    "choose_depth",
+    "class_preference",
     "classification",
     "clients_of",
     "derive",
     "dirichlet",
+    "fed2",
     "fed_avg",
     "fed_bn",
     "fed_nova",
@@ -70,10 +77,13 @@ __all__ = [
     "noise_levels",
     "paired_average",
     "permute",
+    "primary_classes",
     "quantity",
     "random_perms",
     "robust",
     "scaffold",
+    "total_variance",
+    "traffic",
     "verify",
     "weight_match",
     "with_noise",

@@ -29,7 +29,7 @@ from jaxeff.spec.architecture import (
     shapes,
     walk,
 )
-from jaxeff.spec.edits import Select, edit, gate, group, quadratize, remove, selected, shrink
+from jaxeff.spec.edits import Select, cut, edit, gate, group, quadratize, remove, selected, shrink
 
 __all__ = [
     "DEPTHWISE",
@@ -47,6 +47,7 @@ __all__ = [
     "Select",
     "Shape",
     "Upsample",
+    "cut",
     "edit",
     "gate",
     "group",

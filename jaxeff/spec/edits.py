@@ -67,13 +67,20 @@ def group(architecture: Architecture, groups: int, select: Select) -> Architectu
     return _edit(architecture, lambda layer: dataclasses.replace(layer, groups=groups), _convolutions(select), select)
 
 
-def shrink(architecture: Architecture, widths: float | Mapping[str, int], select: Select = None) -> Architecture:
+def shrink(
+    architecture: Architecture,
+    widths: float | Mapping[str, int],
+    select: Select = None,
+    *,
+    input_shape: tuple[int, ...] | None = None,
+) -> Architecture:
     """Changes the number of output features.
 
     Args:
       architecture: what to edit.
       widths: a factor for every selected layer (rounded to the nearest integer, at least 1), or {path: features}.
       select: which layers a factor applies to; by default every convolution and every hidden dense layer.
+      input_shape: of what the network then reads; None for what it read.
 
     Returns:
       The architecture with the new widths; depthwise layers follow their input.
@@ -88,7 +95,7 @@ def shrink(architecture: Architecture, widths: float | Mapping[str, int], select
         resized = architecture.layers
         for path, features in widths.items():
             resized = _with_features(resized, "", {path: int(features)})
-        result = _following_depthwise(architecture, resized)
+        result = _following_depthwise(architecture, resized, input_shape)
         for path, layer in walk(result):
             if isinstance(layer, Conv) and path in widths and layer.features != int(widths[path]):
                 raise ValueError(
@@ -105,7 +112,7 @@ def shrink(architecture: Architecture, widths: float | Mapping[str, int], select
         for path, layer in walk(architecture)
         if isinstance(layer, Conv | Dense) and chosen(path, layer)
     }
-    return _following_depthwise(architecture, _with_features(architecture.layers, "", table))
+    return _following_depthwise(architecture, _with_features(architecture.layers, "", table), input_shape)
 
 
 def remove(architecture: Architecture, *names: str) -> Architecture:
@@ -120,6 +127,33 @@ def remove(architecture: Architecture, *names: str) -> Architecture:
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"cannot remove {unknown}; the top-level layers are: {', '.join(known)}")
     return _following_depthwise(architecture, tuple(x for x in architecture.layers if x.name not in names))
+
+
+def cut(architecture: Architecture, at: str) -> tuple[Architecture, Architecture]:
+    """Two networks, one after the other, of one.
+
+    Args:
+      architecture: what to cut; it stays as it is.
+      at: the top-level layer or residual block with which the second begins. Layers without weights just before it,
+        such as pooling and flattening, go with it.
+
+    Returns:
+      What is before, and from there on; the output of one is the input of the other.
+
+    Raises:
+      ValueError: if no top-level layer is called so, or nothing with weights is before it.
+    """
+    names = [layer.name for layer in architecture.layers]
+    if at not in names:
+        raise ValueError(f"{architecture.name!r} has no top-level layer {at!r}; it has: {', '.join(names)}")
+    place = names.index(at)
+    while place and not isinstance(architecture.layers[place - 1], Conv | Dense | Residual):
+        place -= 1
+    if not place:
+        raise ValueError(f"nothing before {at!r} of {architecture.name!r} has weights, so there is nothing to cut off")
+    before = dataclasses.replace(architecture, layers=architecture.layers[:place])
+    shape = shapes(architecture)[names[place - 1]].output
+    return before, Architecture(architecture.name, shape, architecture.layers[place:])
 
 
 def _edit(architecture, change, chosen, select) -> Architecture:
@@ -178,7 +212,7 @@ def _with_features(layers, prefix, table) -> tuple[Layer, ...]:
     return tuple(result)
 
 
-def _following_depthwise(architecture, layers) -> Architecture:
+def _following_depthwise(architecture, layers, input_shape=None) -> Architecture:
     """`architecture` with new `layers`; depthwise ones keep their features per channel, whatever width arrives."""
     old = shapes(architecture)
 
@@ -202,4 +236,5 @@ def _following_depthwise(architecture, layers) -> Architecture:
             result.append(layer)
         return tuple(result), channels
 
-    return dataclasses.replace(architecture, layers=visit(layers, architecture.input_shape[-1], "")[0])
+    shape = input_shape or architecture.input_shape
+    return dataclasses.replace(architecture, input_shape=shape, layers=visit(layers, shape[-1], "")[0])

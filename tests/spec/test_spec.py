@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from jaxeff import models, spec
 from jaxeff.spec import (
     DEPTHWISE,
     Architecture,
@@ -320,3 +321,23 @@ def test_what_cannot_be_removed():
         remove(NET, "block/conv1")
     with pytest.raises(ValueError, match="layer 'hidden' of 'net' needs a flat input"):
         remove(NET, "flatten")
+
+
+def test_cut_gives_two_networks_one_after_the_other():
+    net = models.vgg9(width=0.1)
+    before, after = spec.cut(net, "dense1")
+    assert [layer.name for layer in before.layers][-1] == "conv6"
+    assert [layer.name for layer in after.layers][:3] == ["pool3", "flatten", "dense1"]
+    assert before.layers + after.layers == net.layers
+    assert spec.shapes(before)["conv6"].output == after.input_shape == spec.shapes(net)["pool3"].input
+    with pytest.raises(ValueError, match="no top-level layer 'stem'"):
+        spec.cut(net, "stem")
+    with pytest.raises(ValueError, match="nothing before 'conv1'"):
+        spec.cut(net, "conv1")
+
+
+def test_shrink_for_another_input():
+    _, rest = spec.cut(models.resnet(8), "stage3_block1")
+    widths = {path: 8 for path, layer in spec.walk(rest) if isinstance(layer, spec.Conv)}
+    narrow = spec.shrink(rest, widths, input_shape=(16, 16, 4))
+    assert spec.shapes(narrow)["stage3_block1"] == ((16, 16, 4), (8, 8, 8))

@@ -1,0 +1,82 @@
+"""What a round costs: bytes to and from every client, found in the algorithm itself."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxeff import trees
+from jaxeff.federated.algorithms.base import Algorithm
+from jaxeff.federated.paired import SHARED, spread_axes
+
+Tree = Any
+
+
+class Traffic(NamedTuple):
+    """Bytes between the server and each client in a round: int64 [N], before compression."""
+
+    down: np.ndarray
+    up: np.ndarray
+
+
+def traffic(
+    algorithm: Algorithm,
+    variables: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    clients: int,
+    *,
+    group_axes: Tree = None,
+    owned: Any = None,
+) -> Traffic:
+    """Bytes of a round of an algorithm, from its traced functions.
+
+    A client gets of the server's state what it reads, and sends what it does not just hand back: so SCAFFOLD counts its
+    control variates both ways, and FedBN leaves out norms.
+
+    Args:
+      algorithm: of `jaxeff.federated.algorithms`, or a user's own.
+      variables: that it begins with, for their shapes.
+      batch: one batch, for its shapes, with "mask".
+      clients: N.
+      group_axes: of Fed2's subset mode, as of `jaxeff.federated.paired_average`: groups that a client does not own are
+        neither sent nor received. None for all of it.
+      owned: bool [N, G], of the same mode.
+
+    Raises:
+      ValueError: where only one of `group_axes` and `owned` is given.
+    """
+    if (group_axes is None) != (owned is None):
+        raise ValueError("group_axes and owned belong together: give both, or neither for all of the variables")
+    server = jax.eval_shape(algorithm.init, variables)
+    own = jax.eval_shape(algorithm.own_init, variables)
+    flat, structure = jax.tree.flatten(server)
+
+    def exchange(leaves, own, batch):
+        state: Any = structure
+        start = state.unflatten(leaves)
+        local, _ = algorithm.client_step(algorithm.client_init(start, own), batch, jax.random.key(0))
+        return algorithm.client_final(local, start, own)[0]
+
+    closed, upload = jax.make_jaxpr(exchange, return_shape=True)(flat, own, batch)
+    jaxpr = closed.jaxpr
+    known = jaxpr.invars[: len(flat)]
+    read = {id(var) for equation in jaxpr.eqns for var in equation.invars}
+    given = {id(var) for var in jaxpr.invars}
+    down = sum(_bytes(leaf) for leaf, var in zip(flat, known, strict=True) if id(var) in read)
+    sent = zip(jax.tree.leaves(upload), jaxpr.outvars, strict=True)
+    up = sum(_bytes(leaf) for leaf, var in sent if id(var) not in given)
+    share = np.ones(clients) if owned is None else _share(group_axes, owned, variables)
+    return Traffic(*(np.round(total * share).astype(np.int64) for total in (down, up)))
+
+
+def _share(group_axes: Tree, owned: Any, variables: Tree) -> np.ndarray:
+    """What each client exchanges of the variables, [N]; whatever else there is, is divided as they are."""
+    axes = jax.tree.leaves(spread_axes(group_axes, variables))
+    sizes = np.array([_bytes(leaf) for leaf in jax.tree.leaves(variables)], np.float64)
+    grouped = sizes[np.array(axes) != SHARED].sum() / sizes.sum()
+    return 1 - grouped + grouped * np.asarray(owned, np.float64).mean(1)
+
+
+def _bytes(leaf: Any) -> int:
+    return trees.nbytes([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)])
