@@ -33,7 +33,7 @@ from jaxeff.federated.partition import (
     with_noise,
 )
 from jaxeff.federated.permutation import Permutations, derive, permute, random_perms, verify
-from jaxeff.federated.rounds import Federation, Report, State, federate
+from jaxeff.federated.rounds import Federation, Report, State, as_method, federate
 from jaxeff.federated.task import Task, classification
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "adaptive",
     "aggregates",
     "agreement",
+    "as_method",
     "assign",
     "by_classes",
     "by_key",

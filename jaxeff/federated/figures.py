@@ -2,7 +2,8 @@
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,4 +42,72 @@ def draw_partition(
     bars.set_ylabel("examples")
     bars.grid(False, axis="x")
     bars.xaxis.get_major_locator().set_params(integer=True)
+    return drawing.save(figure, pathlib.Path(path))
+
+
+def draw_rounds(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], epochs: int, path: str | os.PathLike[str]
+) -> pathlib.Path:
+    """Draws test accuracy against rounds, local epochs and exchanged bytes: means over seeds, and their range.
+
+    Args:
+      runs: by method, for each seed {"accuracy": [(round, value), ...], "bytes_per_round": number}.
+      epochs: of a client in a round.
+      path: the PNG to write; its folder is created.
+
+    Returns:
+      The path.
+    """
+    figure = drawing.figure(width=11.0, height=3.5)
+    axes = figure.subplots(1, 3, sharey=True)
+    for number, (ax, title) in enumerate(zip(axes, ("rounds", "local epochs", "exchanged bytes"), strict=True)):
+        drawing.dress(ax, "test accuracy" if not number else None)
+        ax.set_xlabel(title)
+        for index, several in enumerate(runs.values()):
+            colour, marker = drawing.look(index)
+            rounds = np.array([at for at, _ in several[0]["accuracy"]], float)
+            values = np.array([[value for _, value in one["accuracy"]] for one in several])
+            per_round = (1, epochs, float(np.mean([one["bytes_per_round"] for one in several])))[number]
+            dots: dict[str, Any] = {"marker": marker, "ms": 4, "mew": 0} if len(rounds) <= 12 else {}
+            ax.plot(rounds * per_round, values.mean(0), color=colour, lw=1.8, zorder=3, **dots)
+            if len(values) > 1:
+                ax.fill_between(rounds * per_round, values.min(0), values.max(0), color=colour, alpha=0.18, lw=0)
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_formatter(lambda value, _: drawing.short(value))
+        ax.xaxis.get_major_locator().set_params(nbins=5)
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    drawing.legend(figure, [name.replace("_", " ") for name in runs])
+    return drawing.save(figure, pathlib.Path(path))
+
+
+def draw_classes(
+    accuracy: Mapping[str, Any], path: str | os.PathLike[str], classes: Sequence[str] | None = None
+) -> pathlib.Path:
+    """Draws the test accuracy of each class, where a group of features that learned nothing is seen first.
+
+    Args:
+      accuracy: by method, [C].
+      path: the PNG to write; its folder is created.
+      classes: their names; None for their numbers.
+
+    Returns:
+      The path.
+    """
+    number = len(next(iter(accuracy.values())))
+    figure = drawing.figure(width=max(6.0, 0.75 * number + 1.5), height=3.3)
+    ax = figure.subplots()
+    drawing.dress(ax, "test accuracy of each class")
+    width = 0.8 / len(accuracy)
+    for index, values in enumerate(accuracy.values()):
+        places = np.arange(number) + (index - (len(accuracy) - 1) / 2) * width
+        ax.bar(places, values, width, color=drawing.look(index)[0], zorder=2)
+    names = list(classes or map(str, range(number)))
+    if max(map(len, names)) <= 3:
+        ax.set_xticks(range(number), names)
+    else:
+        drawing.layer_axis(ax, names)
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    ax.grid(False, axis="x")
+    drawing.legend(figure, [name.replace("_", " ") for name in accuracy], lines=False)
     return drawing.save(figure, pathlib.Path(path))

@@ -21,12 +21,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxeff import parallel, trees
+from jaxeff import parallel, training, trees
 from jaxeff.federated import backends
 from jaxeff.federated.aggregates import Member
 from jaxeff.federated.algorithms.base import About, Algorithm, Upload
 from jaxeff.federated.clients import Clients, batch_at, shuffled, steps_per_epoch
 from jaxeff.federated.participation import Participation, Plan, check_participation, client_key, planned
+from jaxeff.federated.task import Task
 
 Tree = Any
 
@@ -172,6 +173,36 @@ def federate(
         return finish_compiled(state, clients, members[0], sums, results)
 
     return Federation(init, looped, algorithm)
+
+
+def as_method(federation: Federation, task: Task, init: Callable[[jax.Array], Tree]) -> training.Method:
+    """A federation as something that `jaxeff.training.fit` runs: a step is a round, its batch the clients.
+
+        fit(as_method(federation, task, init), lambda start: itertools.repeat(clients), steps=rounds, ...)
+
+    so that rounds are saved, resumed, evaluated and logged as any training is.
+
+    Args:
+      federation: of `federate`, in any backend but "loop", which is no compiled program.
+      task: what is learned, for the evaluation of the global model.
+      init: key -> variables.
+    """
+
+    def start(key: jax.Array, clients: Any) -> State:
+        own, key = jax.random.split(key)
+        return federation.init(key, init(own), clients)
+
+    def step(state: Any, clients: Any) -> tuple[Any, dict[str, jax.Array]]:
+        state, report = federation.round(state, clients)
+        rejected = (~report.finite).sum().astype(jnp.float32)
+        steps = jnp.where(report.counted, report.steps, 0).sum().astype(jnp.float32)
+        return state, {**report.metrics, "rejected": rejected, "local_steps": steps}
+
+    def evaluate(state: Any, batch: Any) -> dict[str, jax.Array]:
+        sums = task.evaluate(federation.algorithm.variables(state.server), batch)
+        return {name: value for name, value in sums.items() if value.ndim == 0}
+
+    return training.Method(start, step, evaluate)
 
 
 class _Context(NamedTuple):
