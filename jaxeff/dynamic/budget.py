@@ -174,7 +174,7 @@ def choose_ratios(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     least = sum(min(row) for row in costs)
-    if least > budget:
+    if least > budget * (1 + 1e-9):
         raise ValueError(f"budget={budget:.6g} cannot be met: the cheapest options together cost {least:.6g}")
     # Costs are rounded up below, which would refuse a budget that the choice of no loss meets exactly.
     free = tuple(int(np.argmin(row)) for row in losses)
@@ -182,7 +182,8 @@ def choose_ratios(
         return free
     # From the cheapest choice on, what each option costs more, in steps of what is left of the budget.
     # Where nothing is left, whatever costs more is too much.
-    unit = (budget - least) / steps or min((cost for row in costs for cost in row if cost > 0), default=1.0) * 1e-9
+    smallest = min((cost for row in costs for cost in row if cost > 0), default=1.0)
+    unit = max(budget - least, 1e-9 * smallest) / steps
     best = np.full(steps + 1, np.inf)
     best[0] = 0.0
     chosen: list[np.ndarray] = []

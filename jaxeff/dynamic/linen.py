@@ -136,8 +136,9 @@ class Gated(nn.Module):
         with nn.intercept_methods(intercept):
             result = self.network(*args, **kwargs)
         if unused := [name for name in self.gates if not fnmatch.filter(seen, name)]:
-            within = [path for path in seen if any(path.startswith(f"{outer}/") for outer in seen)]
-            known = ", ".join(path for path in seen if path not in within)
+            # Not those inside a layer, whose gate is that of the layer.
+            inner = lambda path: any(path != outer and (not outer or path.startswith(f"{outer}/")) for outer in seen)
+            known = ", ".join(repr(path) for path in dict.fromkeys(seen) if not inner(path))
             raise ValueError(f"gates name {unused}, but the convolutions are: {known}")
         return result
 

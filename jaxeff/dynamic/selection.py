@@ -18,6 +18,7 @@ from jaxeff.dynamic.engines.geometry import read_positions
 from jaxeff.dynamic.masks import mask_of, top_k_indices, top_k_mask
 from jaxeff.dynamic.settings import DynamicSpec
 from jaxeff.ops import choice
+from jaxeff.ops.conv import current_impl
 
 
 class Kept(NamedTuple):
@@ -123,7 +124,7 @@ def masked_by_scores(x: jax.Array, kept: Kept, axes: Collection[str], settings: 
     by_column = by_column if "columns" in axes else None
     if by_group is None and by_column is None:
         return x
-    if choice.available(x) and (by_column is None or settings.tile == 1):
+    if _in_compiled_code(x) and (by_column is None or settings.tile == 1):
         flat = x.reshape(len(x), -1, x.shape[-1])
         scores = [jnp.zeros((len(x), 0)) if scores is None else scores for scores in (by_group, by_column)]
         return choice.keep_highest(flat, *map(lax.stop_gradient, scores), (groups, columns)).reshape(x.shape)
@@ -133,7 +134,7 @@ def masked_by_scores(x: jax.Array, kept: Kept, axes: Collection[str], settings: 
 
 def masked_outputs(y: jax.Array, kept: Kept, settings: DynamicSpec) -> jax.Array:
     """The output [N, H', W', O] of a convolution with zeros at positions and channels that are not to be computed."""
-    if kept.features is not None and choice.available(y):
+    if kept.features is not None and _in_compiled_code(y):
         flat = y.reshape(len(y), -1, y.shape[-1])
         y = choice.keep_channels(flat, kept.features.astype(jnp.int32)).reshape(y.shape)
     elif kept.features is not None:
@@ -220,6 +221,11 @@ def _columns_of_kept(x, settings, by_group, groups) -> jax.Array:
         return column_attention(_masked(x, keeps, None, settings), settings.reduce)
     sound = lambda: _masked(x, keeps | ~jnp.isnan(by_group), None, settings)
     return column_attention(lax.cond(jnp.isnan(by_group).any(), sound, lambda: x), settings.reduce)
+
+
+def _in_compiled_code(x: jax.Array) -> bool:
+    """Whether zeros are put in by compiled code, which has no forward-mode derivatives: who wants those says "lax"."""
+    return choice.available(x) and current_impl() != "lax"
 
 
 def _ranked_by(settings, scores):

@@ -172,6 +172,7 @@ void MarkHighest(const float* values, int64_t size, int64_t k, Bits& keys, uint3
 
 ffi::Error Choose(Floats scores, ffi::Result<ffi::Buffer<ffi::S32>> indices, int64_t, int64_t) {
   const int64_t size = scores.dimensions().back(), k = indices->dimensions().back();
+  if (k < 0 || k > size) return ffi::Error::InvalidArgument("highest: more than there are");
   const int64_t rows = k ? static_cast<int64_t>(indices->element_count()) / k : 0;
   Bits keys, kept(size);
   std::vector<int32_t> chosen(size + 1);
@@ -252,7 +253,9 @@ ffi::Error OverKept(ffi::ThreadPool pool, Floats maps, Floats by_group, ffi::Res
   const Maps of(maps);
   const int64_t groups = by_group.dimensions().back();
   if (kind < 0 || kind > 2) return ffi::Error::InvalidArgument("map means: no such kind");
-  if (!of.count || !groups || of.size % groups) return ffi::Error::InvalidArgument("map means: scores do not fit");
+  const bool fits = groups && of.size % groups == 0 && groups_kept >= 0 && groups_kept <= groups;
+  if (!of.count || !fits || static_cast<int64_t>(by_group.element_count()) != of.count * groups)
+    return ffi::Error::InvalidArgument("map means: scores do not fit");
   ForEachMap(pool, of, [&](int64_t map) {
     const float* scores = by_group.typed_data() + map * groups;
     const float* values = maps.typed_data() + map * of.each;
@@ -279,7 +282,12 @@ ffi::Error KeepByScores(ffi::ThreadPool pool, Floats maps, Floats by_group, Floa
                         ffi::Result<Floats> result, int64_t groups_kept, int64_t columns_kept, int64_t, int64_t) {
   const Maps of(maps);
   const int64_t groups = by_group.dimensions().back(), columns = by_column.dimensions().back();
-  if ((groups && of.size % groups) || (columns && columns != of.positions))
+  const auto fits = [&](Floats& scores, int64_t each, int64_t kept) {
+    const bool there = static_cast<int64_t>(scores.element_count()) == of.count * each;
+    return !each || (there && kept >= 0 && kept <= each);
+  };
+  if ((groups && of.size % groups) || (columns && columns != of.positions) || !fits(by_group, groups, groups_kept) ||
+      !fits(by_column, columns, columns_kept))
     return ffi::Error::InvalidArgument("keep: scores do not fit");
   ForEachMap(pool, of, [&](int64_t map) {
     Bits keys, group(groups), column(columns);
@@ -296,6 +304,8 @@ ffi::Error KeepListed(ffi::ThreadPool pool, Floats maps, ffi::Buffer<ffi::S32> c
                       int64_t, int64_t) {
   const Maps of(maps);
   const int64_t kept = channels.dimensions().back();
+  if (static_cast<int64_t>(channels.element_count()) != of.count * kept)
+    return ffi::Error::InvalidArgument("keep: the list does not fit");
   const int32_t* listed = channels.typed_data();
   for (int64_t i = 0; i < of.count * kept; ++i)
     if (listed[i] < 0 || listed[i] >= of.size) return ffi::Error::InvalidArgument("keep: a channel is out of range");

@@ -115,5 +115,7 @@ def test_bad_input_is_refused(report):
 
 def test_a_budget_of_the_cheapest_leaves_no_choice():
     assert dynamic.choose_ratios([[1e-7, 3e-7]], [[1.0, 0.0]], 1e-7) == (0,)
+    assert dynamic.choose_ratios([[10**7, 10**7 + 1]], [[1.0, 0.0]], 10**7) == (0,)
+    assert dynamic.choose_ratios([[0.1], [0.2], [0.3]], [[0.0]] * 3, 0.6) == (0, 0, 0)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         dynamic.choose_ratios([[1.0, 2.0]], [[1.0, 0.0]], 1.5, steps=0)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxeff import dynamic
-from jaxeff.dynamic import ENGINES, DynamicSpec
+from jaxeff.dynamic import ENGINES, DynamicSpec, Kept
 from jaxeff.dynamic.engines import geometry
-from jaxeff.ops import gathered_conv
+from jaxeff.ops import conv_impl, gathered_conv
 
 # Slabs run in half precision on a GPU: tests/dynamic/test_slabs.py. Widths are nothing that attention chooses.
 NATIVE = pytest.mark.skipif(bool(missing := gathered_conv.unavailable(np.float32)), reason=str(missing))
@@ -419,3 +419,17 @@ def test_indices_that_do_not_fit_are_refused(kept, error, message):
     x, k = sample(10, 2, (4, 4), 6, 3, 3)
     with pytest.raises(error, match=message):
         dynamic.conv(x, k, DynamicSpec(engine="mask"), kept=dynamic.Kept(**kept))
+
+
+@pytest.mark.parametrize("settings", [DynamicSpec(channels=0.5), DynamicSpec(columns=0.5), DynamicSpec()])
+def test_forward_mode_goes_through_gates_under_lax(settings):
+    rng = np.random.default_rng(0)
+    x, t = rng.normal(size=(2, 2, 4, 4, 6)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 6, 4)).astype(np.float32)
+    kept = None if settings.channels or settings.columns else Kept(features=jnp.array([[0, 2], [1, 3]]))
+    form = lambda x: dynamic.conv(x, kernel, settings, kept=kept)
+    with conv_impl("lax"):
+        _, slope = jax.jvp(form, (x,), (t,))
+        # The convolution is linear in what is kept.
+        nudged = (form(x + 1e-3 * t) - form(x - 1e-3 * t)) / 2e-3
+    np.testing.assert_allclose(slope, nudged, rtol=1e-2, atol=1e-2)

@@ -147,3 +147,18 @@ def test_it_is_had_for_float32_on_cpu_alone(monkeypatch):
     assert choice.available(jnp.ones(3)) and not choice.available(jnp.ones(3, jnp.bfloat16))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not choice.available(jnp.ones(3))
+
+
+def test_what_does_not_fit_is_refused():
+    one = lambda *shape: jnp.ones(shape, jnp.float32)
+    refused = pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="fit|more than there are")
+    for call in (
+        lambda: choice.highest(one(5), 6),
+        lambda: choice.keep_highest(one(4, 3, 8), one(1, 8), one(4, 0), (4, 3)),
+        lambda: choice.keep_highest(one(1, 3, 8), one(1, 8), one(1, 0), (-1, 3)),
+        lambda: choice.keep_highest(one(1, 3, 8), one(1, 8), one(1, 0), (9, 3)),
+        lambda: choice.keep_channels(one(4, 3, 8), jnp.zeros((1, 2), jnp.int32)),
+        lambda: choice.means_of_kept(one(4, 3, 8), one(1, 8), 4, "mean", only_nan=False),
+    ):
+        with refused:
+            jax.block_until_ready(call())
