@@ -86,6 +86,13 @@ constexpr Mean kColumnMeans[] = {ColumnMeans<Itself>, ColumnMeans<Magnitude>, Co
 // To wake a thread takes as long as to read this many numbers.
 constexpr int64_t kLeast = 1 << 17;
 
+// Has the threads of the pool awake for the convolution that follows: to wake them takes as long as a small one. They are
+// not to wake on the core of this thread, which would then wait for them.
+void Wake(ffi::ThreadPool& pool) {
+  for (int64_t i = 1; i < pool.num_threads(); ++i)
+    pool.Schedule([core = jaxeff::Elsewhere::Core()] { const jaxeff::Elsewhere elsewhere(core); });
+}
+
 // The last two axes of maps [..., positions, channels], and how many maps there are.
 struct Maps {
   explicit Maps(Floats& maps)
@@ -114,6 +121,7 @@ ffi::Error Means(ffi::ThreadPool& pool, Floats& maps, Floats& means, const Mean*
     kinds[kind](values + map * of.each + first * of.size, last - first, of.size, group, out + map * result + first);
   };
   if (of.count * of.each < kLeast) {
+    Wake(pool);
     for (int64_t task = 0; task < of.count * parts; ++task) one(task);
   } else {
     jaxeff::Parallel(pool, of.count * parts, one);
@@ -233,6 +241,7 @@ Bits OfChannels(const Bits& groups, int64_t size) {
 template <typename Work>
 void ForEachMap(ffi::ThreadPool& pool, const Maps& of, const Work& work) {
   if (of.count * of.each < kLeast) {
+    Wake(pool);
     for (int64_t map = 0; map < of.count; ++map) work(map);
   } else {
     jaxeff::Parallel(pool, of.count, work);
