@@ -86,9 +86,13 @@ constexpr Mean kColumnMeans[] = {ColumnMeans<Itself>, ColumnMeans<Magnitude>, Co
 // To wake a thread takes as long as to read this many numbers.
 constexpr int64_t kLeast = 1 << 17;
 
+// Maps of so many numbers are small.
+constexpr int64_t kSmall = 1 << 15;
+
 // Has the threads of the pool awake for the convolution that follows: to wake them takes as long as a small one. They are
 // not to wake on the core of this thread, which would then wait for them.
-void Wake(ffi::ThreadPool& pool) {
+void WakeBeforeSmall(ffi::ThreadPool& pool, int64_t numbers) {
+  if (numbers > kSmall) return;
   for (int64_t i = 1; i < pool.num_threads(); ++i)
     pool.Schedule([core = jaxeff::Elsewhere::Core()] { const jaxeff::Elsewhere elsewhere(core); });
 }
@@ -121,7 +125,7 @@ ffi::Error Means(ffi::ThreadPool& pool, Floats& maps, Floats& means, const Mean*
     kinds[kind](values + map * of.each + first * of.size, last - first, of.size, group, out + map * result + first);
   };
   if (of.count * of.each < kLeast) {
-    Wake(pool);
+    WakeBeforeSmall(pool, of.count * of.each);
     for (int64_t task = 0; task < of.count * parts; ++task) one(task);
   } else {
     jaxeff::Parallel(pool, of.count * parts, one);
@@ -241,7 +245,7 @@ Bits OfChannels(const Bits& groups, int64_t size) {
 template <typename Work>
 void ForEachMap(ffi::ThreadPool& pool, const Maps& of, const Work& work) {
   if (of.count * of.each < kLeast) {
-    Wake(pool);
+    WakeBeforeSmall(pool, of.count * of.each);
     for (int64_t map = 0; map < of.count; ++map) work(map);
   } else {
     jaxeff::Parallel(pool, of.count, work);
