@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.federated import robust as robust_of
-from jaxeff.federated.paired import WEIGHTS, add, empty, paired_average, result, term
+from jaxeff.federated.paired import WEIGHTS, empty, paired_average, result, term
 
 Tree = Any
 
@@ -134,6 +134,3 @@ def _weight(by: str) -> Callable[[Member], jax.Array]:
     if by not in ("size", "uniform"):
         raise ValueError(f"by must be 'size' or 'uniform' (those of groups are {', '.join(WEIGHTS)}), got {by!r}")
     return (lambda member: member.size * member.counted) if by == "size" else (lambda member: member.counted)
-
-
-__all__ = ["Aggregate", "Member", "add", "mean", "paired", "robust"]
