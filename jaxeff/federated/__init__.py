@@ -1,6 +1,6 @@
 """Federated learning: who holds what, and what clients learn of it together."""
 
-from jaxeff.federated import aggregates, fed2, robust
+from jaxeff.federated import aggregates, compression, fed2, privacy, robust, secure
 from jaxeff.federated.accounting import Traffic, traffic
 from jaxeff.federated.aggregates import Aggregate, Member
 from jaxeff.federated.algorithms import (
@@ -62,6 +62,7 @@ __all__ = [
     "class_preference",
     "classification",
     "clients_of",
+    "compression",
     "derive",
     "dirichlet",
     "fed2",
@@ -79,10 +80,12 @@ __all__ = [
     "paired_average",
     "permute",
     "primary_classes",
+    "privacy",
     "quantity",
     "random_perms",
     "robust",
     "scaffold",
+    "secure",
     "total_variance",
     "traffic",
     "verify",

@@ -14,7 +14,7 @@ Tree = Any
 
 
 class Traffic(NamedTuple):
-    """Bytes between the server and each client in a round: int64 [N], before compression."""
+    """Bytes between the server and each client in a round: int64 [N]."""
 
     down: np.ndarray
     up: np.ndarray
@@ -32,7 +32,7 @@ def traffic(
     """Bytes of a round of an algorithm, from its traced functions.
 
     A client gets of the server's state what it reads, and sends what it does not just hand back: so SCAFFOLD counts its
-    control variates both ways, and FedBN leaves out norms.
+    control variates both ways, FedBN leaves out norms, and what is compressed counts as what is sent in its place.
 
     Args:
       algorithm: of `jaxeff.federated.algorithms`, or a user's own.
@@ -64,8 +64,10 @@ def traffic(
     read = {id(var) for equation in jaxpr.eqns for var in equation.invars}
     given = {id(var) for var in jaxpr.invars}
     down = sum(_bytes(leaf) for leaf, var in zip(flat, known, strict=True) if id(var) in read)
-    sent = zip(jax.tree.leaves(upload), jaxpr.outvars, strict=True)
-    up = sum(_bytes(leaf) for leaf, var in sent if id(var) not in given)
+    wire = algorithm.wire or (lambda leaf: leaf)
+    leaves = [*(jax.eval_shape(wire, leaf) for leaf in jax.tree.leaves(upload.variables))]
+    leaves += jax.tree.leaves((upload.mean, upload.sum))
+    up = sum(trees.nbytes(leaf) for leaf, var in zip(leaves, jaxpr.outvars, strict=True) if id(var) not in given)
     share = np.ones(clients) if owned is None else _share(group_axes, owned, variables)
     return Traffic(*(np.round(total * share).astype(np.int64) for total in (down, up)))
 

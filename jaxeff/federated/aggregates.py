@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.federated import robust as robust_of
-from jaxeff.federated.paired import WEIGHTS, empty, paired_average, result, term
+from jaxeff.federated.paired import WEIGHTS, add, empty, fixed_result, paired_average, result, term
 
 Tree = Any
 
@@ -27,11 +27,13 @@ class Member(NamedTuple):
       size: examples it holds, float32.
       counted: float32; 0 for one that did not report, holds nothing or sent what is not finite; below 1 where it
         counts less, as it is late.
+      round: int32, rounds that were finished before.
     """
 
     number: jax.Array
     size: jax.Array
     counted: jax.Array
+    round: jax.Array
 
 
 class Aggregate(NamedTuple):
@@ -43,6 +45,8 @@ class Aggregate(NamedTuple):
       empty: previous variables -> sums over nobody. None, as are the next two, for what needs all clients at once.
       term: (variables, member) -> its part of the sums.
       result: (sums, previous variables) -> variables.
+      over: (expected, owners) -> the same with fixed denominators, as of `fixed`; None where a client may count more
+        than another, so that what one of them can change has no bound.
     """
 
     weight: Callable[[Member], jax.Array]
@@ -50,6 +54,7 @@ class Aggregate(NamedTuple):
     empty: Callable[[Tree], Tree] | None = None
     term: Callable[[Tree, Member], Tree] | None = None
     result: Callable[[Tree, Tree], Tree] | None = None
+    over: Callable[..., "Aggregate"] | None = None
 
 
 def mean(by: str = "size") -> Aggregate:
@@ -79,14 +84,32 @@ def paired(group_axes: Tree, omega: Any, by: str = "size") -> Aggregate:
         # Without groups there is one row, for whoever it is.
         return jnp.take(omega, member.number, 0, mode="clip") * member.counted[..., None]
 
+    def one(variables, member):
+        return term(variables, group_axes, of_groups(member), weight(member))
+
+    def nobody(previous):
+        return empty(previous, group_axes, omega.shape[1])
+
+    def fixed(expected, owners=None):
+        """Denominators that no client changes: privacy needs them."""
+        finish = lambda sums, previous: fixed_result(sums, group_axes, previous, expected, owners)
+
+        def combine(stacked, members, previous):
+            sums, _ = jax.lax.scan(lambda so_far, m: (add(so_far, one(*m)), None), nobody(previous), (stacked, members))
+            return finish(sums, previous)
+
+        return Aggregate(weight, combine, nobody, one, finish)
+
+    alike = by == "uniform" and bool(np.isin(np.asarray(omega), (0, 1)).all())
     return Aggregate(
         weight,
         lambda stacked, members, previous: paired_average(
             stacked, group_axes, of_groups(members), weight(members), previous
         ),
-        lambda previous: empty(previous, group_axes, omega.shape[1]),
-        lambda variables, member: term(variables, group_axes, of_groups(member), weight(member)),
+        nobody,
+        one,
         lambda sums, previous: result(sums, group_axes, previous),
+        fixed if alike else None,
     )
 
 

@@ -10,6 +10,8 @@ time and memory alone.
     vmap     one program, all at once
     shard    a stream on each device of a mesh
 
+Under `chunk` and `vmap` a client waits until the slowest one beside it is done; chunks are of clients alike in size.
+
 On CPU convolutional clients are fastest one after the other; on accelerators many at once fill the device.
 """
 
@@ -19,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -28,6 +31,8 @@ Tree = Any
 One = Callable[[Tree, Tree], tuple[Tree, Tree]]
 
 BACKENDS: tuple[str, ...] = ("loop", "map", "stream", "chunk", "vmap", "shard")
+ALIASES: dict[str, str] = {"pmap": "shard"}
+"""Other words for them: `jax.pmap` itself has become what "shard" is."""
 AXIS = "clients"
 
 
@@ -39,6 +44,7 @@ def added_up(
     zero: Tree,
     *,
     idle: Tree,
+    lengths: jax.Array | None = None,
     chunk: int = 8,
     mesh: Mesh | None = None,
 ) -> tuple[Tree, Tree]:
@@ -50,6 +56,7 @@ def added_up(
       context: what all members see.
       members: leaves [M, ...].
       zero: terms of nobody.
+      lengths: int [M], what each member has to do; those alike come together in a chunk.
       idle: a member that does nothing, with which the last chunk is filled up.
       chunk: members at a time.
       mesh: of "shard": with an axis "clients".
@@ -65,6 +72,8 @@ def added_up(
         return _at_once(one, context, members, zero)
     total = len(jax.tree.leaves(members)[0])
     if backend == "chunk":
+        order = jnp.arange(total) if lengths is None else jnp.argsort(lengths, stable=True)
+        members = jax.tree.map(lambda leaf: leaf[order], members)
         padded, count = _padded(members, idle, chunk)
         parts = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), padded)
 
@@ -73,7 +82,8 @@ def added_up(
             return add(total, _summed(terms)), results
 
         sums, results = lax.scan(some, zero, parts)
-        return sums, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:total], results)
+        place = jnp.argsort(order)
+        return sums, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[place], results)
     assert mesh is not None
     padded, _ = _padded(members, idle, mesh.shape[AXIS], divide=True)
 
@@ -86,6 +96,21 @@ def added_up(
     run = jax.shard_map(shard, mesh=mesh, in_specs=(whole, split), out_specs=(whole, split), check_vma=False)
     sums, results = run(context, padded)
     return sums, jax.tree.map(lambda leaf: leaf[:total], results)
+
+
+def padding_waste(steps: Any, backend: str, chunk: int = 8) -> float:
+    """Share of the work of a round that is done for clients that have finished already: 0 for none.
+
+    Args:
+      steps: int [M], what each client has done, as of `Report.steps`.
+      backend: as of `added_up`.
+      chunk: members at a time.
+    """
+    steps = np.sort(np.asarray(steps))
+    size = {"chunk": chunk, "vmap": max(1, len(steps))}.get(backend, 1)
+    parts = [steps[start : start + size] for start in range(0, len(steps), size)]
+    done = sum(len(part) * int(part.max()) for part in parts)
+    return 1 - steps.sum() / done if done else 0.0
 
 
 def _scan(one, context, members, zero):

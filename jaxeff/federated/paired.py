@@ -154,6 +154,31 @@ def result(sums: Tree, group_axes: Tree, previous: Tree) -> Tree:
     return jax.tree.map(one, spread_axes(group_axes, previous), sums["sums"], previous)
 
 
+def fixed_result(sums: Tree, group_axes: Tree, previous: Tree, expected: Any, owners: Any = None) -> Tree:
+    """What was before, and the sum of the clients' changes by a number that does not depend on who they are.
+
+    Args:
+      sums: of `term`s.
+      group_axes, previous: as of `paired_average`.
+      expected: clients of a round, by which the changes of what is shared are divided.
+      owners: [G], by which those of the groups are; None for `expected`.
+
+    Returns:
+      The tree; integers, such as counters, stay what they were.
+    """
+    expected = jnp.asarray(expected, jnp.float32)
+    owners = jnp.broadcast_to(expected if owners is None else jnp.asarray(owners, jnp.float32), sums["omega"].shape)
+
+    def one(axis, total, before):
+        if not jnp.issubdtype(before.dtype, jnp.inexact):
+            return before
+        weight = _spread(sums["omega"], axis, before) if axis != SHARED else sums["weight"]
+        over = _spread(owners, axis, before) if axis != SHARED else expected
+        return (before + (total - weight * before) / over).astype(before.dtype)
+
+    return jax.tree.map(one, spread_axes(group_axes, previous), sums["sums"], previous)
+
+
 def _spread(omega: jax.Array, axis: int, leaf: jax.Array) -> jax.Array:
     """Weights of groups along their axis of a leaf."""
     return omega.reshape([-1 if i == axis else 1 for i in range(leaf.ndim)])

@@ -11,7 +11,7 @@ and a client, and clients of different sizes do different numbers of steps of on
 Letters: N clients, M of them asked in a round.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxeff import parallel, training, trees
-from jaxeff.federated import backends
+from jaxeff.federated import automatic, backends
 from jaxeff.federated.aggregates import Member
 from jaxeff.federated.algorithms.base import About, Algorithm, Upload
 from jaxeff.federated.clients import Clients, batch_at, shuffled, steps_per_epoch
@@ -79,11 +79,13 @@ class Federation(NamedTuple):
       init: (key, variables, clients) -> `State`.
       round: (state, clients) -> (state, `Report`); the state is given up.
       algorithm: the algorithm.
+      tune: (state, clients) -> the backend of these rounds; measures where it is "auto" and nothing is remembered.
     """
 
     init: Callable[[jax.Array, Tree, Clients], State]
     round: Callable[[State, Clients], tuple[State, Report]]
     algorithm: Algorithm
+    tune: Callable[[State, Clients], str]
 
 
 def federate(
@@ -104,7 +106,8 @@ def federate(
       epochs: over its examples that a client does in a round; one for all, or [N].
       participation: who takes part; None for everyone.
       backend: one of `jaxeff.federated.backends.BACKENDS`. All give the same result; aggregates that need all clients
-        at once keep their variables in any of them.
+        at once keep their variables in any of them. "auto" measures some of them on shortened clients before the first
+        round and remembers the fastest; "pmap" is another word for "shard".
       chunk: clients computed together, of "chunk".
       mesh: of "shard": with an axis "clients"; None for all devices.
 
@@ -116,12 +119,26 @@ def federate(
     """
     how = participation or Participation()
     check_participation(how._replace(available=1.0), 1)
-    if backend not in backends.BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, backends.BACKENDS))}, got {backend!r}")
+    backend = backends.ALIASES.get(backend, backend)
+    if backend not in (*backends.BACKENDS, "auto"):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, backends.BACKENDS))} or 'auto', got {backend!r}")
     if batch_size < 1 or chunk < 1:
         raise ValueError(f"batch_size and chunk must be at least 1, got {batch_size} and {chunk}")
     if np.ndim(epochs) > 1 or np.min(epochs, initial=1) < 0 or not np.any(np.asarray(epochs) > 0):
         raise ValueError(f"epochs must be a number of at least 1, or one of at least 0 for each client, got {epochs}")
+    if backend == "auto":
+        made = {
+            name: federate(
+                algorithm,
+                batch_size=batch_size,
+                epochs=epochs,
+                participation=participation,
+                backend=name,
+                chunk=chunk,
+            )
+            for name in automatic.candidates()
+        }
+        return _of_the_fastest(made, batch_size)
     if backend == "shard" and mesh is None:
         mesh = parallel.mesh({backends.AXIS: -1})
     if mesh is not None and backends.AXIS not in mesh.shape:
@@ -138,7 +155,8 @@ def federate(
         server = algorithm.init(variables)
         repeat = lambda tree, times: jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], times, 0), tree)
         own = repeat(algorithm.own_init(variables), clients.number)
-        return State(server, own, jnp.zeros((), jnp.int32), key, repeat(server, stale) if stale else ())
+        # Rounds give up their state, and the caller's key is the caller's.
+        return State(server, own, jnp.zeros((), jnp.int32), jnp.copy(key), repeat(server, stale) if stale else ())
 
     keep = backend == "map" or algorithm.aggregate.term is None
     one = partial(_client, algorithm, batch_size, bool(stale), keep)
@@ -148,7 +166,7 @@ def federate(
         plan = planned(how, key, state.number, clients.number)
         own = jax.tree.map(lambda leaf: leaf[plan.number], state.own)
         lengths = jnp.broadcast_to(jnp.asarray(epochs, jnp.int32), (clients.number,))
-        context = _Context(state.server, state.past, clients, lengths, key)
+        context = _Context(state.server, state.past, clients, lengths, key, state.number)
         zero = _nobody(
             None if keep else algorithm.aggregate.empty, one, context, (plan, own), algorithm.variables(state.server)
         )
@@ -160,11 +178,16 @@ def federate(
     def whole(state: State, clients: Clients) -> tuple[State, Report]:
         context, members, zero = begin(state, clients)
         idle = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), members)
-        sums, results = backends.added_up(backend, one, context, members, zero, idle=idle, chunk=chunk, mesh=mesh)
-        return finish(state, clients, members[0], sums, results)
+        plan = members[0]
+        lengths = plan.share * context.epochs[plan.number] * clients.sizes[plan.number]
+        sums, results = backends.added_up(
+            backend, one, context, members, zero, idle=idle, lengths=lengths, chunk=chunk, mesh=mesh
+        )
+        return finish(state, clients, plan, sums, results)
 
+    tune = lambda state, clients: backend
     if backend != "loop":
-        return Federation(init, jax.jit(whole, donate_argnums=0), algorithm)
+        return Federation(init, jax.jit(whole, donate_argnums=0), algorithm, tune)
     begin_compiled, finish_compiled = jax.jit(begin), jax.jit(finish)
 
     def looped(state: State, clients: Clients) -> tuple[State, Report]:
@@ -172,7 +195,22 @@ def federate(
         sums, results = backends.added_up("loop", one, context, members, zero, idle=None)
         return finish_compiled(state, clients, members[0], sums, results)
 
-    return Federation(init, looped, algorithm)
+    return Federation(init, looped, algorithm, tune)
+
+
+def _of_the_fastest(made: Mapping[str, Federation], batch_size: int) -> Federation:
+    """Rounds of whichever federation is fastest for the clients that come."""
+    rounds = {name: federation.round for name, federation in made.items()}
+    chosen: dict[Any, str] = {}
+
+    def tune(state: State, clients: Clients) -> str:
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(clients))
+        if shapes not in chosen:
+            chosen[shapes] = automatic.fastest(rounds, state, clients, batch_size)
+        return chosen[shapes]
+
+    first = next(iter(made.values()))
+    return first._replace(round=lambda state, clients: rounds[tune(state, clients)](state, clients), tune=tune)
 
 
 def as_method(federation: Federation, task: Task, init: Callable[[jax.Array], Tree]) -> training.Method:
@@ -183,7 +221,7 @@ def as_method(federation: Federation, task: Task, init: Callable[[jax.Array], Tr
     so that rounds are saved, resumed, evaluated and logged as any training is.
 
     Args:
-      federation: of `federate`, in any backend but "loop", which is no compiled program.
+      federation: of `federate`, in any backend but "loop", which is no compiled program; "auto" must be tuned before.
       task: what is learned, for the evaluation of the global model.
       init: key -> variables.
     """
@@ -213,6 +251,7 @@ class _Context(NamedTuple):
     clients: Clients
     epochs: jax.Array
     key: jax.Array
+    number: jax.Array
 
 
 class _Sums(NamedTuple):
@@ -280,7 +319,7 @@ def _client(
     counted = plan.reports & finite & (total > 0)
     weight = counted.astype(jnp.float32)
     aggregate = algorithm.aggregate
-    about = Member(number, size.astype(jnp.float32), weight * plan.discount)
+    about = Member(number, size.astype(jnp.float32), weight * plan.discount, context.number)
     share = aggregate.weight(about)
     scaled = lambda by: lambda leaf: jnp.where(by > 0, by * leaf.astype(jnp.float32), 0)
     examples = weight * about.size
@@ -324,7 +363,8 @@ def _finished(algorithm, state, clients, plan, sums, results, stale) -> tuple[St
     combined = Upload(variables, jax.tree.map(lambda leaf: leaf / over, sums.mean), sums.sum)
     about = About(jax.random.fold_in(jax.random.fold_in(state.key, state.number), 0), sums.counted, clients.number)
     server = algorithm.server(state.server, combined, about)
-    server = jax.tree.map(lambda new, old: jnp.where(sums.counted > 0, new, old), server, state.server)
+    if not algorithm.always:
+        server = jax.tree.map(lambda new, old: jnp.where(sums.counted > 0, new, old), server, state.server)
     own = jax.tree.map(lambda all_, new: all_.at[plan.number].set(new), state.own, results.own)
     past = state.past
     if stale:

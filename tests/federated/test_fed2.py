@@ -131,7 +131,9 @@ def test_groups_are_averaged_over_their_owners():
     network, variables, _ = made("mlp")
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf + i for i in range(3)]), variables)
     aggregate = fed2.aggregate(network.grouped, variables, COUNTS)
-    members = federated.Member(jnp.arange(3), jnp.asarray(COUNTS.sum(1), jnp.float32), jnp.ones(3))
+    members = federated.Member(
+        jnp.arange(3), jnp.asarray(COUNTS.sum(1), jnp.float32), jnp.ones(3), jnp.zeros(3, jnp.int32)
+    )
     found = aggregate.combine(stacked, members, variables)
     # Group 0 has classes 0 and 3, group 1 class 2, group 2 classes 1, 4 and 5.
     moved = [(5 * 0 + 2 * 2) / 7, 0.0, (4 * 1 + 9 * 2) / 13]

@@ -96,6 +96,13 @@ def test_a_client_is_the_same_whoever_else_takes_part(network):
     assert_close(lost.server, all_.server, rtol=1e-6)
 
 
+def test_a_round_gives_up_its_state_and_nothing_of_the_caller():
+    key, start = jax.random.key(0), variables()
+    federation = federated.federate(federated.fed_avg(task(), optax.sgd(0.1)), batch_size=1)
+    federation.round(federation.init(key, start, clients()), clients())
+    assert jax.random.bits(key) is not None and float(start["params"]["w"]) == np.float32(START)
+
+
 def test_sizes_and_shares_are_those_of_loops():
     """Two epochs in batches of one; absent clients do nothing."""
     _, _, report = run(federated.fed_avg(task(), optax.sgd(0.1)), 1, epochs=2)

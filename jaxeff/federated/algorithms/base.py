@@ -69,11 +69,13 @@ class Algorithm(NamedTuple):
       client_init: (server, own) -> local state, what a client starts a round with.
       client_step: (local state, batch, key) -> (local state, metrics); batches as of `jaxeff.federated.clients`.
       client_final: (local state, server, own) -> (`Upload`, own).
-      server: (server, combined `Upload`, `About`) -> server. Not called in rounds in which nobody is counted.
+      server: (server, combined `Upload`, `About`) -> server.
       own_init: variables -> what each client remembers from one round to the next; kept as it was by a client that is
         not counted.
       personal: (server, own) -> the variables a client uses itself; None where these are the global ones.
       aggregate: how variables are combined.
+      always: whether the server acts in rounds in which nobody is counted too; it stays as it was in them otherwise.
+      wire: a leaf of the variables -> what a client sends in its place, for its shapes; None for the leaf itself.
     """
 
     init: Callable[[Variables], Tree]
@@ -85,6 +87,32 @@ class Algorithm(NamedTuple):
     own_init: Callable[[Variables], Tree] = nothing
     personal: Callable[[Tree, Tree], Variables] | None = None
     aggregate: Aggregate = mean()
+    always: bool = False
+    wire: Callable[[jax.Array], Tree] | None = None
+
+
+class Drawn(NamedTuple):
+    """The local state of a client, and bits of which it draws when it is done."""
+
+    inner: Tree
+    bits: jax.Array
+
+
+def with_random_final(algorithm: Algorithm, final: Callable[[Tree, Tree, Tree, jax.Array], Any]) -> Algorithm:
+    """The algorithm with another `client_final`, one that draws random numbers: (local, server, own, key)."""
+
+    def step(state, batch, key):
+        inner, metrics = algorithm.client_step(state.inner, batch, key)
+        return Drawn(inner, jax.random.bits(jax.random.fold_in(key, 1), (2,))), metrics
+
+    def last(state, server, own):
+        return final(state.inner, server, own, jax.random.wrap_key_data(state.bits, impl="threefry2x32"))
+
+    return algorithm._replace(
+        client_init=lambda server, own: Drawn(algorithm.client_init(server, own), jnp.zeros(2, jnp.uint32)),
+        client_step=step,
+        client_final=last,
+    )
 
 
 class Local(NamedTuple):
