@@ -19,7 +19,9 @@ from jaxeff.federated.algorithms import (
 )
 from jaxeff.federated.analysis import agreement, choose_depth, class_preference, primary_classes, total_variance
 from jaxeff.federated.clients import Clients, clients_of
+from jaxeff.federated.fedma import FedMA, fed_ma
 from jaxeff.federated.matching import assign, weight_match
+from jaxeff.federated.nonparametric import Matching, match_units
 from jaxeff.federated.paired import group_weights, paired_average
 from jaxeff.federated.participation import Participation
 from jaxeff.federated.partition import (
@@ -41,7 +43,9 @@ __all__ = [
     "Aggregate",
     "Algorithm",
     "Clients",
+    "FedMA",
     "Federation",
+    "Matching",
     "Member",
     "Participation",
     "Partition",
@@ -68,6 +72,7 @@ __all__ = [
     "fed2",
     "fed_avg",
     "fed_bn",
+    "fed_ma",
     "fed_nova",
     "fed_opt",
     "fed_prox",
@@ -75,6 +80,7 @@ __all__ = [
     "group_weights",
     "iid",
     "local_training",
+    "match_units",
     "moon",
     "noise_levels",
     "paired_average",

@@ -111,3 +111,80 @@ def draw_classes(
     ax.grid(False, axis="x")
     drawing.legend(figure, [name.replace("_", " ") for name in accuracy], lines=False)
     return drawing.save(figure, pathlib.Path(path))
+
+
+def draw_features(
+    primary: Mapping[str, Any], path: str | os.PathLike[str], classes: Sequence[str] | None = None
+) -> pathlib.Path:
+    """Draws what each unit of a layer is for, client under client: columns of one colour are features that align.
+
+    Args:
+      primary: by title, int [N, J], the class that each unit of each client does most for, as of `primary_classes`.
+      path: the PNG to write; its folder is created.
+      classes: their names; None for their numbers.
+
+    Returns:
+      The path.
+    """
+    maps = {title: np.asarray(values) for title, values in primary.items()}
+    number = len(classes) if classes else 1 + max(int(values.max()) for values in maps.values())
+    tallest = max(len(values) for values in maps.values())
+    figure = drawing.figure(width=9.0, height=0.7 + len(maps) * (0.75 + 0.16 * tallest))
+    axes = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
+    colours = _class_colours(number)
+    for ax, (title, values) in zip(axes, maps.items(), strict=True):
+        drawing.dress(ax, title)
+        ax.grid(False)
+        ax.pcolormesh(np.arange(values.shape[1] + 1), np.arange(len(values) + 1), values, cmap=colours, vmin=-0.5,
+                      vmax=number - 0.5, edgecolors="white", lw=0.4)  # fmt: skip
+        ax.set_ylim(len(values), 0)
+        ax.set_yticks(np.arange(len(values)) + 0.5, range(len(values)))
+        ax.tick_params(axis="y", labelsize=7)
+        ax.set_ylabel("client")
+    axes[-1].set_xlabel("unit")
+    from matplotlib.lines import Line2D
+
+    names = list(classes or map(str, range(number)))
+    handles = [
+        Line2D([], [], marker="s", ms=8, lw=0, mew=0, color=colours(c), label=name) for c, name in enumerate(names)
+    ]
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9, title="primary class")
+    return drawing.save(figure, pathlib.Path(path))
+
+
+def draw_variance(
+    variances: Mapping[str, float], path: str | os.PathLike[str], *, share: float = 0.5, first: str | None = None
+) -> pathlib.Path:
+    """Draws how much the units of each layer differ in the classes they are for, and where a network is divided.
+
+    Args:
+      variances: of `total_variance`, of the layers in order.
+      path: the PNG to write; its folder is created.
+      share: of `choose_depth`: the line from which on layers belong to groups.
+      first: the first layer of the groups.
+
+    Returns:
+      The path.
+    """
+    names, values = list(variances), list(variances.values())
+    figure = drawing.figure(width=max(5.0, 0.55 * len(names) + 2.0), height=3.3)
+    ax = figure.subplots()
+    drawing.dress(ax, "how much the units of a layer differ in the classes they are for")
+    shared = len(names) if first is None else names.index(first)
+    colours = [("#cfe3f2" if number < shared else drawing.COLOURS[0]) for number in range(len(names))]
+    ax.bar(range(len(names)), values, 0.7, color=colours, zorder=2)
+    ax.axhline(share * max(values), color=drawing.INK, lw=1, ls="--", zorder=3)
+    drawing.layer_axis(ax, names)
+    ax.set_ylabel("total variance")
+    ax.grid(False, axis="x")
+    if first is not None:
+        ax.text(shared - 0.5, 1.0, " groups begin", transform=ax.get_xaxis_transform(), ha="left", va="top", fontsize=9)
+        ax.axvline(shared - 0.5, color=drawing.SOFT, lw=1, zorder=1)
+    return drawing.save(figure, pathlib.Path(path))
+
+
+def _class_colours(number: int) -> Any:
+    """As many colours that are told apart as there are classes; shades of a wheel where there are many."""
+    import matplotlib
+
+    return matplotlib.colormaps["tab10" if number <= 10 else "hsv"].resampled(number)
