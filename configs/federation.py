@@ -29,6 +29,7 @@ def base(dataset: str) -> ConfigDict:
     config.participation = ConfigDict(
         {"fraction": 1.0, "available": 1.0, "dropout": 0.0, "stragglers": 0.0, "late": "partial", "staleness": 1}
     )
+    # One of jaxeff.federated.backends.BACKENDS, or "auto" for the fastest of some, measured once.
     config.backend = "stream"
     config.chunk = 8
     config.augment = ConfigDict({"crop": 0, "flip": False})
@@ -55,13 +56,16 @@ def method(
     by: str = "class_counts",
     psi_net: bool = False,
     options: dict[str, Any] | None = None,
+    robust: dict[str, Any] | None = None,
+    compression: dict[str, Any] | None = None,
+    privacy: dict[str, Any] | None = None,
     **architecture: Any,
 ) -> ConfigDict:
     """One method of an experiment: a network, an algorithm with its options, and groups of features where it has some.
 
     Args:
       model: a name of `jaxeff.models.ZOO`, with `architecture` for its options.
-      algorithm: "fed_avg", "fed_prox", "fed_opt", "scaffold", "fed_nova", "fed_bn".
+      algorithm: "fed_avg", "fed_prox", "fed_opt", "scaffold", "fed_nova", "moon", "fed_bn".
       groups: of Fed2; 0 for a network without.
       first: the layer with which the groups begin.
       mode: "full" or "subset".
@@ -69,6 +73,9 @@ def method(
       by: weights of a group's owners: "class_counts", "uniform" or "size".
       psi_net: Psi-Net's groups in the place of Fed2's.
       options: of the algorithm, such as {"mu": 0.01}.
+      robust: {"rule": "median", "trimmed_mean", "krum" or "bulyan"}, with "share" or "byzantine", and "clip".
+      compression: {"bits": 8} and, or, {"share": 0.01} of the largest numbers; "feedback".
+      privacy: {"kind": "central" or "local"}, with "clip", "noise", and for the norm that is found "quantile".
       **architecture: options of the model.
     """
     section = ConfigDict({"network": network(model, **architecture), "algorithm": algorithm})
@@ -76,4 +83,13 @@ def method(
     section.groups = ConfigDict({"number": groups, "mode": mode, "entry": entry, "by": by, "psi_net": psi_net})
     section.groups.first = config_dict.placeholder(str)
     section.groups.first = first
+    section.robust = _changed({"rule": "", "byzantine": 0, "share": 0.1, "clip": 0.0}, robust)
+    section.compression = _changed({"bits": 0, "share": 0.0, "feedback": True}, compression)
+    section.privacy = _changed({"kind": "", "clip": 1.0, "noise": 1.0, "quantile": 0.0, "delta": 1e-5}, privacy)
     return section
+
+
+def _changed(defaults: dict[str, Any], given: dict[str, Any] | None) -> ConfigDict:
+    if unknown := sorted(set(given or {}) - set(defaults)):
+        raise ValueError(f"unknown fields {', '.join(unknown)}; there are {', '.join(defaults)}")
+    return ConfigDict({**defaults, **(given or {})})

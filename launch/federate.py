@@ -7,6 +7,7 @@ and for every run a folder with metrics.jsonl and checkpoints/. Started again wi
 where it stopped.
 """
 
+import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ import numpy as np
 import optax
 
 from jaxeff import costs, data, federated, quadratic, training
-from jaxeff.federated import fed2, figures
+from jaxeff.federated import aggregates, compression, fed2, figures, privacy
 from jaxeff.training.workdir import FIGURES, plain_config
 from launch import classifier, job
 
@@ -29,7 +30,9 @@ PARTITIONS = {
     "dirichlet": federated.dirichlet,
     "quantity": federated.quantity,
 }
-ALGORITHMS = ("fed_avg", "fed_prox", "fed_opt", "scaffold", "fed_nova", "fed_bn")
+ALGORITHMS = ("fed_avg", "fed_prox", "fed_opt", "scaffold", "fed_nova", "moon", "fed_bn")
+ROBUST = ("", "median", "trimmed_mean", "krum", "bulyan")
+PRIVACY = ("", "central", "local")
 
 
 class Prepared(NamedTuple):
@@ -71,6 +74,9 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     for key in runs:
         federation, task, clients, init, traffic = federation_of(config, key, prepared, parts, preprocess, train)
         rounds = config["rounds"]
+        if config["backend"] == "auto":
+            start = jax.random.key(key[2])
+            print(f"backend: {federation.tune(federation.init(start, init(start), clients), clients)}")
         print(f"{key[0]}, {key[1]}, seed {key[2]}: {rounds} rounds of {config['clients']} clients")
         result = training.fit(
             federated.as_method(federation, task, init),
@@ -127,9 +133,15 @@ def prepare(section: Mapping[str, Any], train: data.Dataset) -> Prepared:
     Raises:
       ValueError: for unknown fields, algorithms, or groups that do not fit.
     """
-    classifier.check_fields("methods", section, ("network", "algorithm", "options", "groups"))
-    if section["algorithm"] not in ALGORITHMS:
-        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {section['algorithm']!r}")
+    parts = ("network", "algorithm", "options", "groups", "robust", "compression", "privacy")
+    classifier.check_fields("methods", section, parts)
+    for name, value, known in (
+        ("algorithm", section["algorithm"], ALGORITHMS),
+        ("robust: rule", section["robust"]["rule"], ROBUST),
+        ("privacy: kind", section["privacy"]["kind"], PRIVACY),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
     groups, grouped = section["groups"], None
     network = classifier.network(section["network"], train)
     if groups["psi_net"]:
@@ -160,24 +172,27 @@ def federation_of(config, key, prepared, parts, preprocess, train):
     """The federation of a run, its task, clients, initial variables and traffic."""
     partition, name, seed = key
     section, method, dealt = config["methods"][name], prepared[name], parts[partition, seed]
-    classes = train.info.num_classes
     task = federated.classification(
-        method.functions.apply, classes, preprocess=preprocess, augment=image_augmentation(config["augment"])
+        method.functions.apply,
+        train.info.num_classes,
+        preprocess=preprocess,
+        augment=image_augmentation(config["augment"]),
+        features=features_of(method) if section["algorithm"] == "moon" else None,
     )
     example = preprocess(train.arrays["image"][:2])
     init = lambda key: method.functions.init(key, jnp.zeros(example.shape, example.dtype))
     variables = jax.eval_shape(init, jax.random.key(0))
-    own, exchanged = {}, {}
+    how = federated.Participation(**config["participation"])
     algorithm = algorithm_of(config, section, task)
-    if method.grouped is not None:
-        groups = section["groups"]
-        algorithm = algorithm._replace(
-            aggregate=fed2.aggregate(method.grouped, variables, dealt.class_counts, by=groups["by"])
-        )
+    algorithm = sent_as(
+        section, algorithm._replace(aggregate=aggregate_of(section, method, variables, dealt)), how, dealt
+    )
+    own, exchanged = {}, {}
+    groups = section["groups"]
+    if method.grouped is not None and groups["mode"] == "subset":
         own = fed2.brought(method.grouped, dealt.class_counts, groups["mode"])
-        if groups["mode"] == "subset":
-            owned = fed2.owned_groups(method.grouped, dealt.class_counts)
-            exchanged = {"group_axes": fed2.group_axes(variables), "owned": owned}
+        owned = fed2.owned_groups(method.grouped, dealt.class_counts)
+        exchanged = {"group_axes": fed2.group_axes(variables), "owned": owned}
     clients = federated.clients_of(train.arrays, dealt, own)
     batch = {name: jax.ShapeDtypeStruct((2, *a.shape[1:]), a.dtype) for name, a in clients.arrays.items()}
     batch |= {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in clients.own.items()}
@@ -187,7 +202,7 @@ def federation_of(config, key, prepared, parts, preprocess, train):
         algorithm,
         batch_size=config["batch_size"],
         epochs=config["epochs"],
-        participation=federated.Participation(**config["participation"]),
+        participation=how,
         backend=config["backend"],
         chunk=config["chunk"],
     )
@@ -205,6 +220,83 @@ def algorithm_of(config: Mapping[str, Any], section: Mapping[str, Any], task: fe
         server = federated.adaptive(options.pop("kind", "adam"), options.pop("server_learning_rate", 0.01))
         return federated.fed_opt(task, sgd, server, **options)
     return getattr(federated, name)(task, sgd, **options)
+
+
+def aggregate_of(section: Mapping[str, Any], method: Prepared, variables: Any, dealt: federated.Partition):
+    """How what clients have learned becomes one: of groups over their owners, and robust where that is asked for.
+
+    Raises:
+      ValueError: for settings of a rule that do not fit.
+    """
+    robust, by = section["robust"], "uniform" if section["privacy"]["kind"] == "central" else "size"
+    grouped, counts = method.grouped, dealt.class_counts
+    if not robust["rule"]:
+        if grouped is None:
+            return aggregates.mean(by)
+        weights = "uniform" if by == "uniform" else section["groups"]["by"]
+        return fed2.aggregate(grouped, variables, counts, by=weights, shared_by=by)
+    bad, share = robust["byzantine"], robust["share"]
+    rules: dict[str, tuple[Any, int]] = {
+        "median": (federated.robust.median, 1),
+        "trimmed_mean": (lambda stacked, counted: federated.robust.trimmed_mean(stacked, counted, share), 1),
+        "krum": (lambda stacked, counted: federated.robust.krum(stacked, counted, bad), 2 * bad + 3),
+        "bulyan": (lambda stacked, counted: federated.robust.bulyan(stacked, counted, bad), 4 * bad + 3),
+    }
+    rule, least = rules[robust["rule"]]
+    groups: dict[str, Any] = {}
+    if grouped is not None:
+        groups = {"group_axes": fed2.group_axes(variables), "omega": fed2.owned_groups(grouped, counts)}
+    return aggregates.robust(rule, least=least, clip=robust["clip"] or None, **groups)
+
+
+def sent_as(section, algorithm: federated.Algorithm, how: federated.Participation, dealt: federated.Partition):
+    """The algorithm with what clients send compressed and private, where that is asked for."""
+    packed, private = section["compression"], section["privacy"]
+    if packed["bits"] or packed["share"]:
+        values = compression.quantised(packed["bits"]) if packed["bits"] else None
+        codec = compression.top_k(packed["share"], values) if packed["share"] else values
+        algorithm = compression.compressed(algorithm, codec, feedback=packed["feedback"])
+    if private["kind"] == "local":
+        return privacy.local(algorithm, clip=private["clip"], noise=private["noise"])
+    if private["kind"] == "central":
+        expected = how.asked(len(dealt.indices)) * how.available
+        clip = privacy.Quantile(private["clip"], private["quantile"]) if private["quantile"] else private["clip"]
+        return privacy.central(algorithm, clip=clip, noise=private["noise"], expected=expected)
+    return algorithm
+
+
+def spent(config: Mapping[str, Any], section: Mapping[str, Any]) -> float | None:
+    """Epsilon of all rounds; None where nothing is private.
+
+    Raises:
+      ImportError: without the extra "privacy".
+    """
+    private, rounds = section["privacy"], config["rounds"]
+    if not private["kind"]:
+        return None
+    if private["kind"] == "local":
+        return privacy.local_epsilon(private["noise"], rounds=rounds, delta=private["delta"])
+    return privacy.epsilon(
+        private["noise"],
+        rounds=rounds,
+        delta=private["delta"],
+        clients=config["clients"],
+        participation=federated.Participation(**config["participation"]),
+    )
+
+
+def features_of(method: Prepared) -> Callable[[Any, jax.Array], jax.Array]:
+    """What comes before the last layer, for MOON.
+
+    Raises:
+      ValueError: for a network in groups, whose features are several.
+    """
+    if method.grouped is not None:
+        raise ValueError("moon compares one representation: take a network without groups")
+    architecture = method.module.architecture
+    body = dataclasses.replace(architecture, layers=architecture.layers[:-1])
+    network = method.module.copy(architecture=body)
+    return lambda variables, images: network.apply(variables, images)
 
 
 def image_augmentation(section: Mapping[str, Any]) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
@@ -241,7 +333,22 @@ def compared(config, found, prepared, partition: str, name: str) -> dict[str, An
         "bytes_per_round": statistics.mean(one["bytes_per_round"] for one in several),
         "params": total.params,
         "macs": total.macs,
+        "epsilon": spent(config, config["methods"][name]),
+        "rounds_to": rounds_to(config, found, partition, name),
     }
+
+
+def rounds_to(config, found, partition: str, name: str) -> float | None:
+    """Rounds until a method is as good as the first one at its best, a mean over seeds; None where it never is."""
+    first = next(iter(config["methods"]))
+    taken = []
+    for seed in config["seeds"]:
+        goal = max(value for _, value in found[partition, first, seed]["accuracy"])
+        reached = [at for at, value in found[partition, name, seed]["accuracy"] if value >= goal]
+        if not reached:
+            return None
+        taken.append(reached[0])
+    return statistics.mean(taken)
 
 
 def table(summary: Mapping[str, Any], title: str) -> Any:
@@ -249,7 +356,10 @@ def table(summary: Mapping[str, Any], title: str) -> Any:
     from rich.table import Table
 
     shown = Table(title=title)
-    for column in ("partition", "method", "last", "best", "parameters", "MACs", "MB a round"):
+    reach = f"rounds to {summary['results'][0]['method'].replace('_', ' ')}'s best"
+    private = any(row["epsilon"] is not None for row in summary["results"])
+    columns = ["partition", "method", "last", "best", reach, "parameters", "MACs", "MB a round"]
+    for column in [*columns, *(["epsilon"] if private else [])]:
         shown.add_column(column, justify="left" if column in ("partition", "method") else "right")
     for row in summary["results"]:
         low, high = row["accuracy_range"]
@@ -259,9 +369,11 @@ def table(summary: Mapping[str, Any], title: str) -> Any:
             row["method"].replace("_", " "),
             f"{100 * row['accuracy']:.2f} %{spread}",
             f"{100 * row['best']:.2f} %",
+            "never" if row["rounds_to"] is None else f"{row['rounds_to']:.3g}",
             f"{row['params']:,}",
             f"{row['macs']:,}",
             f"{row['bytes_per_round'] / 1e6:.2f}",
+            *([] if not private else ["none" if row["epsilon"] is None else f"{row['epsilon']:.3g}"]),
         )
     return shown
 

@@ -44,7 +44,8 @@ class Quantile(NamedTuple):
       start: the first norm.
       quantile: share of the clients whose update is to be within the norm.
       rate: of the logarithm of the norm, in a round.
-      noise: standard deviation of the noise on the count of clients within it; None for a twentieth of those expected.
+      noise: standard deviation of the noise on the count of clients within it; None for a twentieth of those expected,
+        and no less than the noise multiplier.
     """
 
     start: float
@@ -280,7 +281,7 @@ def _noises(target: Quantile, noise: float, expected: float) -> tuple[float, flo
     """
     if not target.rate:
         return 0.0, noise
-    of_counts = expected / 20 if target.noise is None else target.noise
+    of_counts = max(expected / 20, noise) if target.noise is None else target.noise
     rest = noise**-2 - (2 * of_counts) ** -2 if of_counts > 0 else -1.0
     if rest <= 0:
         raise ValueError(

@@ -63,7 +63,7 @@ def test_rounds_resume_exactly(finished, tmp_path):
         assert before["accuracy"] == after["accuracy"] and before["by_class"] == after["by_class"]
 
 
-@pytest.mark.parametrize("algorithm", ["fed_prox", "fed_opt", "scaffold", "fed_nova"])
+@pytest.mark.parametrize("algorithm", ["fed_prox", "fed_opt", "scaffold", "fed_nova", "moon"])
 def test_every_algorithm_runs_from_a_config(algorithm, tmp_path):
     config = tiny(rounds=1)
     del config.methods.fed2
@@ -73,10 +73,33 @@ def test_every_algorithm_runs_from_a_config(algorithm, tmp_path):
     assert np.isfinite(row["accuracy"])
 
 
+def test_what_clients_send_is_robust_compressed_and_private(tmp_path):
+    pytest.importorskip("dp_accounting")
+    small = {"widths": (2, 10), "norm": "group"}
+    config = tiny(clients=5)
+    config.methods = {
+        "median": method("cnn", groups=5, first="conv2", robust={"rule": "median", "clip": 1.0}, **small),
+        "compressed": method("cnn", compression={"bits": 4, "share": 0.1}, **small),
+        "private": method(
+            "cnn",
+            groups=5,
+            first="conv2",
+            privacy={"kind": "central", "clip": 0.5, "noise": 2.0, "quantile": 0.5},
+            **small,
+        ),
+        "noisy": method("cnn", privacy={"kind": "local", "noise": 4.0}, **small),
+        "plain": method("cnn", **small),
+    }
+    rows = {row["method"]: row for row in federate.run(config.lock(), str(tmp_path))["results"]}
+    assert rows["compressed"]["bytes_per_round"] < 0.7 * rows["plain"]["bytes_per_round"]
+    assert rows["plain"]["epsilon"] is None and rows["private"]["epsilon"] > 1 and rows["noisy"]["epsilon"] > 1
+    assert all(0 <= row["accuracy"] <= 1 for row in rows.values())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda config: config.methods.update(bad=method("cnn", "fed_ma")), "algorithm must be one of fed_avg"),
+        (lambda config: config.methods.update(bad=method("cnn", "fed_ma")), "algorithm must be one of 'fed_avg'"),
         (lambda config: config.methods.update(bad=method("cnn", groups=5)), "name the layer with which they begin"),
         (lambda config: config.partitions.update(bad=partition("by_colour")), "kind must be one of iid"),
         (lambda config: config.update(clients=2), "would be owned by nobody"),
