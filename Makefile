@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export JAXEFF_DATA ?= $(wildcard $(abspath ../shared/data))
 RESULTS := launch/bench/results
 
-.PHONY: run test quick lint bench results notebooks gpu clean
+.PHONY: run test quick lint flower bench results notebooks gpu clean
 
 run: $(STAMP)
 	$(BIN)/python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -23,6 +23,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Federation between processes, in an environment of its own: flwr and the tested versions of others exclude each other.
+flower:
+	@test -x $(VENV)-flower/bin/python || $(PYTHON) -m venv $(VENV)-flower
+	$(VENV)-flower/bin/python -m pip install --quiet -e ".[test,flower]"
+	$(VENV)-flower/bin/python -m pytest tests/federated/test_flower.py tests/launch/test_federate_network.py
 
 # The peers are not in the test environment: CPU builds of torch come from wherever pip is told to look.
 bench: $(STAMP)
@@ -49,7 +55,7 @@ gpu:
 	done; exit $$status
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-flower build dist .pytest_cache .mypy_cache .ruff_cache
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "jaxeff needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }

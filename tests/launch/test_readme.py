@@ -17,6 +17,14 @@ def test_the_ten_lines_of_the_readme_run(capsys):
     assert "costs, paper convention" in printed and "QuadraticConv_0" in printed
 
 
+@pytest.mark.slow
+def test_the_federation_of_the_readme_runs():
+    block = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "federated.federate(" in code)
+    names = {"__name__": "readme"}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["report"].metrics["counted"] == 10
+
+
 def test_the_readme_shows_files_that_exist():
     root = pathlib.Path(__file__).parents[2]
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
