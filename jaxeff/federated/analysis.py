@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.federated import fed2
-from jaxeff.models import Network
 from jaxeff.ops.grouped import channel_major, group_major
 
 Variables = Mapping[str, Any]
@@ -142,8 +141,7 @@ def _tapped(module: nn.Module) -> Callable[..., tuple[jax.Array, dict[str, jax.A
 
 def _grouped_tapped(module: fed2.GroupedNetwork):
     grouped = module.grouped
-    settings = {name: getattr(module, name) for name in ("conv", "dense", "gate", "dtype", "param_dtype")}
-    trunk, group = (_tapped(Network(part, **settings)) for part in (grouped.trunk, grouped.group))
+    trunk, group = map(_tapped, fed2.parts(module))
 
     def call(variables, images, added=None):
         of = lambda name: {collection: parts[name] for collection, parts in variables.items() if name in parts}

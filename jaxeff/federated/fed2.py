@@ -24,6 +24,7 @@ from jaxeff import models, spec
 from jaxeff.federated.aggregates import Aggregate, paired
 from jaxeff.federated.paired import group_weights
 from jaxeff.ops.grouped import group_major
+from jaxeff.ops.norms import GROUPS as NORM_GROUPS
 
 Entry = Literal["split", "all"]
 ENTRIES: tuple[str, ...] = ("split", "all")
@@ -163,10 +164,8 @@ class GroupedNetwork(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps x [B, *input_shape] to logits [B, C] in the order of the classes."""
         grouped = self.grouped
-        settings: dict[str, Any] = dict(
-            conv=self.conv, dense=self.dense, gate=self.gate, dtype=self.dtype, param_dtype=self.param_dtype
-        )
-        shared = models.Network(grouped.trunk, name=TRUNK, **settings)(x, train)
+        trunk, group = parts(self)
+        shared = trunk(x, train)
         if grouped.entry == "split":
             entering, axis = group_major(shared, grouped.groups), 0
         else:
@@ -178,8 +177,25 @@ class GroupedNetwork(nn.Module):
             split_rngs={"params": True, "dropout": True},
             axis_size=grouped.groups,
         )
-        logits = side_by_side(models.Network(grouped.group, name=GROUPS, **settings), entering)
+        logits = side_by_side(group, entering)
         return logits[np.array(grouped.class_to_group), :, np.array(grouped.slots)].T
+
+
+def parts(module: GroupedNetwork) -> tuple[models.Network, models.Network]:
+    """The trunk of a network, and the network of one of its groups.
+
+    A group norm divides the channels of a group by its share of the norm groups that a network without groups has, one
+    at least. Norms make channels forget their size, so where groups are narrow it is compared within a group, and no
+    longer between groups: networks without norms learn faster in many groups.
+    """
+    grouped = module.grouped
+    settings: dict[str, Any] = dict(
+        conv=module.conv, dense=module.dense, gate=module.gate, dtype=module.dtype, param_dtype=module.param_dtype
+    )
+    return (
+        models.Network(grouped.trunk, name=TRUNK, **settings),
+        models.Network(grouped.group, name=GROUPS, norm_groups=max(1, NORM_GROUPS // grouped.groups), **settings),
+    )
 
 
 def group_axes(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from jaxeff import spec
 from jaxeff.ops import Norm, activation, avg_pool, conv_general_dilated, global_avg_pool, max_pool
+from jaxeff.ops.norms import GROUPS as NORM_GROUPS
 
 
 class FirstOrderConv(nn.Conv):
@@ -104,6 +105,7 @@ class Network(nn.Module):
       dtype: dtype of activations and of the arithmetic (for example bfloat16); None follows the input.
       param_dtype: dtype of the parameters.
       axis_name: mapped axis over which batch norm shares its statistics.
+      norm_groups: groups of channels that group norm normalises together, as of `jaxeff.ops.Norm`.
 
     Raises:
       ValueError: for an unknown activation or norm, a kind its factory does not know, or a gate without a factory.
@@ -116,6 +118,7 @@ class Network(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     axis_name: str | None = None
+    norm_groups: int = NORM_GROUPS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -125,7 +128,9 @@ class Network(nn.Module):
             raise ValueError(
                 f"{self.architecture.name!r} takes inputs [N, {', '.join(map(str, expected))}], got {x.shape}"
             )
-        settings = _Settings(self.conv, self.dense, self.gate, self.dtype, self.param_dtype, self.axis_name)
+        settings = _Settings(
+            self.conv, self.dense, self.gate, self.dtype, self.param_dtype, self.axis_name, self.norm_groups
+        )
         for layer in self.architecture.layers:
             x = _Step(layer, settings, name=layer.name)(x, train)
         # Losses and metrics are computed in float32 whatever the network computes in.
@@ -139,6 +144,7 @@ class _Settings(NamedTuple):
     dtype: Any
     param_dtype: Any
     axis_name: str | None
+    norm_groups: int
 
 
 class _Step(nn.Module):
@@ -188,7 +194,8 @@ def _weighted(layer, net: _Settings, x, train):
     except ValueError as error:
         raise ValueError(f"layer {'/'.join(getattr(module, 'path', (layer.name, ''))[:-1])!r}: {error}") from error
     if getattr(module, "out_norm", None) is None and getattr(module, "act", None) is None:
-        norm = Norm(layer.norm, axis_name=net.axis_name, dtype=net.dtype, param_dtype=net.param_dtype, name="norm")
+        kept: dict[str, Any] = dict(axis_name=net.axis_name, dtype=net.dtype, param_dtype=net.param_dtype)
+        norm = Norm(layer.norm, net.norm_groups, name="norm", **kept)
         x = activation(layer.act)(norm(x, train))
     return x
 
