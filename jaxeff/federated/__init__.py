@@ -1,7 +1,8 @@
 """Federated learning: who holds what, and what clients learn of it together."""
 
-from jaxeff.federated import aggregates, compression, fed2, privacy, robust, secure
+from jaxeff.federated import aggregates, compression, fed2, fusion, many, privacy, robust, secure, symmetry
 from jaxeff.federated.accounting import Traffic, traffic
+from jaxeff.federated.activation_matching import activation_match, activations
 from jaxeff.federated.aggregates import Aggregate, Member
 from jaxeff.federated.algorithms import (
     About,
@@ -20,6 +21,8 @@ from jaxeff.federated.algorithms import (
 from jaxeff.federated.analysis import agreement, choose_depth, class_preference, primary_classes, total_variance
 from jaxeff.federated.clients import Clients, clients_of
 from jaxeff.federated.fedma import FedMA, fed_ma
+from jaxeff.federated.fusion import fuse
+from jaxeff.federated.many import match_to, matched, merge_many
 from jaxeff.federated.matching import assign, weight_match
 from jaxeff.federated.nonparametric import Matching, match_units
 from jaxeff.federated.paired import group_weights, paired_average
@@ -36,6 +39,7 @@ from jaxeff.federated.partition import (
 )
 from jaxeff.federated.permutation import Permutations, derive, permute, random_perms, verify
 from jaxeff.federated.rounds import Federation, Report, State, as_method, federate
+from jaxeff.federated.symmetry import WithinGroups, within_groups
 from jaxeff.federated.task import Task, classification
 
 __all__ = [
@@ -55,6 +59,9 @@ __all__ = [
     "Task",
     "Traffic",
     "Upload",
+    "WithinGroups",
+    "activation_match",
+    "activations",
     "adaptive",
     "aggregates",
     "agreement",
@@ -77,10 +84,16 @@ __all__ = [
     "fed_opt",
     "fed_prox",
     "federate",
+    "fuse",
+    "fusion",
     "group_weights",
     "iid",
     "local_training",
+    "many",
+    "match_to",
     "match_units",
+    "matched",
+    "merge_many",
     "moon",
     "noise_levels",
     "paired_average",
@@ -92,9 +105,11 @@ __all__ = [
     "robust",
     "scaffold",
     "secure",
+    "symmetry",
     "total_variance",
     "traffic",
     "verify",
     "weight_match",
     "with_noise",
+    "within_groups",
 ]

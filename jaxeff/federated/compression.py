@@ -114,6 +114,7 @@ def compressed(algorithm: Algorithm, codec: Codec, *, feedback: bool = True) -> 
       ValueError: when it is traced, for an algorithm that `privacy.central` made: noise is measured by the norm of what
         arrives, so compress first.
     """
+    personal = algorithm.personal
     zeros = lambda variables: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), variables)
 
     def final(state, server, own, key):
@@ -135,8 +136,8 @@ def compressed(algorithm: Algorithm, codec: Codec, *, feedback: bool = True) -> 
             arrived = codec.decode(codec.encode(jax.random.fold_in(key, number), wanted), new.shape)
             sent.append((old.astype(jnp.float32) + arrived).astype(new.dtype))
             rest.append(wanted - arrived)
-        lost = structure.unflatten(rest) if feedback else ()
-        return upload._replace(variables=structure.unflatten(sent)), (mine, lost)
+        lost = jax.tree.unflatten(structure, rest) if feedback else ()
+        return upload._replace(variables=jax.tree.unflatten(structure, sent)), (mine, lost)
 
     def wire(leaf):
         return codec.encode(jax.random.key(0), leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
@@ -144,7 +145,7 @@ def compressed(algorithm: Algorithm, codec: Codec, *, feedback: bool = True) -> 
     made = algorithm._replace(
         own_init=lambda variables: (algorithm.own_init(variables), zeros(variables) if feedback else ()),
         client_init=lambda server, own: algorithm.client_init(server, own[0]),
-        personal=None if algorithm.personal is None else lambda server, own: algorithm.personal(server, own[0]),
+        personal=None if personal is None else lambda server, own: personal(server, own[0]),
         wire=wire,
     )
     return with_random_final(made, final)

@@ -92,7 +92,7 @@ def central(
             "of them can change has no bound, so no noise hides it. Take aggregates.mean('uniform'), or "
             "fed2.aggregate(..., by='uniform', shared_by='uniform')"
         )
-    aggregate = algorithm.aggregate.over(expected, owners)
+    aggregate, personal = algorithm.aggregate.over(expected, owners), algorithm.personal
     of_counts, z = _noises(target, noise, expected)
 
     def final(state, server, own):
@@ -124,7 +124,7 @@ def central(
         client_init=lambda server, own: algorithm.client_init(server.inner, own),
         client_final=final,
         server=act,
-        personal=None if algorithm.personal is None else lambda server, own: algorithm.personal(server.inner, own),
+        personal=None if personal is None else lambda server, own: personal(server.inner, own),
         aggregate=aggregate,
         always=True,
     )
@@ -315,7 +315,7 @@ def _gaussian(key: jax.Array, like: Tree, scale: Any) -> Tree:
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, max(1, len(leaves)))
     draw = lambda k, leaf: scale * jax.random.normal(k, leaf.shape) if _inexact(leaf) else leaf
-    return structure.unflatten([draw(k, leaf) for k, leaf in zip(keys, leaves, strict=False)])
+    return jax.tree.unflatten(structure, [draw(k, leaf) for k, leaf in zip(keys, leaves, strict=False)])
 
 
 def _plus(value: jax.Array, noise: jax.Array) -> jax.Array:

@@ -46,7 +46,8 @@ def secret(key: jax.Array, a: Any, b: Any, like: Tree) -> Tree:
     own = jax.random.fold_in(jax.random.fold_in(key, jnp.minimum(a, b)), jnp.maximum(a, b))
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(own, max(1, len(leaves)))
-    return structure.unflatten([jax.random.bits(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=False)])
+    drawn = [jax.random.bits(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=False)]
+    return jax.tree.unflatten(structure, drawn)
 
 
 def mask(values: Tree, number: Any, clients: int, key: jax.Array) -> Tree:
