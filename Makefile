@@ -36,6 +36,8 @@ bench: $(STAMP)
 	$(BIN)/python -m launch.bench.ops --json $(RESULTS)/ops.json
 	$(BIN)/python -m launch.bench.quadratic --json $(RESULTS)/quadratic.json
 	$(BIN)/python -m launch.bench.dynamic --json $(RESULTS)/dynamic.json
+	# FedJAX does not install beside a jax of today; without it a loop of jitted steps is the peer (see the module).
+	$(BIN)/python -m launch.bench.federated --json $(RESULTS)/federated.json
 
 results: $(STAMP)
 	$(BIN)/python -m launch.bench.results
@@ -50,7 +52,7 @@ gpu:
 	@# torch shares the GPU, so JAX must not take most of it; the benchmarks run even where a test fails.
 	@export JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false; status=0; \
 	$(PYTHON) -m pytest -m gpu -q -p no:cacheprovider $(wildcard tests/*/test_gpu.py) || status=1; \
-	for room in ops quadratic dynamic; do \
+	for room in ops quadratic dynamic federated; do \
 	  $(PYTHON) -m launch.bench.$$room --device gpu --json $(RESULTS)/$${room}_gpu.json || status=1; \
 	done; exit $$status
 

@@ -19,6 +19,8 @@ def base(dataset: str) -> ConfigDict:
     config.partitions = ConfigDict()
     # What is compared, by name: sections of `method`.
     config.methods = ConfigDict()
+    # Whose best accuracy the rounds of the others are counted to; the first method where none is called so.
+    config.baseline = "fed_avg"
     config.rounds = 20
     config.epochs = 1
     config.batch_size = 32

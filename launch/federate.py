@@ -107,14 +107,19 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         "rounds": config["rounds"],
         "epochs": config["epochs"],
         "seeds": list(config["seeds"]),
+        "baseline": baseline_of(config),
         "results": [
             compared(config, found, prepared, partition, name)
             for partition in config["partitions"]
             for name in config["methods"]
         ],
     }
-    for partition in config["partitions"]:
-        curves = {name: [found[partition, name, seed] for seed in config["seeds"]] for name in config["methods"]}
+    runs_of = {
+        partition: {name: [found[partition, name, seed] for seed in config["seeds"]] for name in config["methods"]}
+        for partition in config["partitions"]
+    }
+    figures.draw_comparison(runs_of, directory / FIGURES / "comparison.png")
+    for partition, curves in runs_of.items():
         figures.draw_rounds(curves, config["epochs"], directory / FIGURES / f"{partition}_rounds.png")
         figures.draw_classes(
             {name: np.mean([one["by_class"] for one in several], 0) for name, several in curves.items()},
@@ -339,9 +344,8 @@ def compared(config, found, prepared, partition: str, name: str) -> dict[str, An
 
 
 def rounds_to(config, found, partition: str, name: str) -> float | None:
-    """Rounds until a method is as good as the first one at its best, a mean over seeds; None where it never is."""
-    first = next(iter(config["methods"]))
-    taken = []
+    """Rounds until a method is as good as the baseline at its best, a mean over seeds; None where one never is."""
+    first, taken = baseline_of(config), []
     for seed in config["seeds"]:
         goal = max(value for _, value in found[partition, first, seed]["accuracy"])
         reached = [at for at, value in found[partition, name, seed]["accuracy"] if value >= goal]
@@ -351,12 +355,17 @@ def rounds_to(config, found, partition: str, name: str) -> float | None:
     return statistics.mean(taken)
 
 
+def baseline_of(config: Mapping[str, Any]) -> str:
+    """The method that the others are compared with."""
+    return config["baseline"] if config["baseline"] in config["methods"] else next(iter(config["methods"]))
+
+
 def table(summary: Mapping[str, Any], title: str) -> Any:
     """The comparison as a table."""
     from rich.table import Table
 
     shown = Table(title=title)
-    reach = f"rounds to {summary['results'][0]['method'].replace('_', ' ')}'s best"
+    reach = f"rounds to {summary['baseline'].replace('_', ' ')}'s best"
     private = any(row["epsilon"] is not None for row in summary["results"])
     columns = ["partition", "method", "last", "best", reach, "parameters", "MACs", "MB a round"]
     for column in [*columns, *(["epsilon"] if private else [])]:

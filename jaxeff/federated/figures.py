@@ -64,19 +64,40 @@ def draw_rounds(
         drawing.dress(ax, "test accuracy" if not number else None)
         ax.set_xlabel(title)
         for index, several in enumerate(runs.values()):
-            colour, marker = drawing.look(index)
-            rounds = np.array([at for at, _ in several[0]["accuracy"]], float)
-            values = np.array([[value for _, value in one["accuracy"]] for one in several])
             per_round = (1, epochs, float(np.mean([one["bytes_per_round"] for one in several])))[number]
-            dots: dict[str, Any] = {"marker": marker, "ms": 4, "mew": 0} if len(rounds) <= 12 else {}
-            ax.plot(rounds * per_round, values.mean(0), color=colour, lw=1.8, zorder=3, **dots)
-            if len(values) > 1:
-                ax.fill_between(rounds * per_round, values.min(0), values.max(0), color=colour, alpha=0.18, lw=0)
+            _curve(ax, index, several, per_round)
         ax.set_xlim(left=0)
         ax.xaxis.set_major_formatter(lambda value, _: drawing.short(value))
         ax.xaxis.get_major_locator().set_params(nbins=5)
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     drawing.legend(figure, [name.replace("_", " ") for name in runs])
+    return drawing.save(figure, pathlib.Path(path))
+
+
+def draw_comparison(
+    runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: str | os.PathLike[str]
+) -> pathlib.Path:
+    """Draws test accuracy against rounds under several partitions side by side: means over seeds, and their range.
+
+    Args:
+      runs: by partition, what `draw_rounds` takes.
+      path: the PNG to write; its folder is created.
+
+    Returns:
+      The path.
+    """
+    figure = drawing.figure(width=max(5.0, 3.1 * len(runs) + 0.6), height=3.5)
+    axes = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+    for number, (ax, (partition, methods)) in enumerate(zip(axes, runs.items(), strict=True)):
+        drawing.dress(ax, partition.replace("_", " "))
+        ax.set_xlabel("rounds")
+        if not number:
+            ax.set_ylabel("test accuracy")
+        for index, several in enumerate(methods.values()):
+            _curve(ax, index, several, 1)
+        ax.set_xlim(left=0)
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    drawing.legend(figure, [name.replace("_", " ") for name in next(iter(runs.values()))])
     return drawing.save(figure, pathlib.Path(path))
 
 
@@ -181,6 +202,17 @@ def draw_variance(
         ax.text(shared - 0.5, 1.0, " groups begin", transform=ax.get_xaxis_transform(), ha="left", va="top", fontsize=9)
         ax.axvline(shared - 0.5, color=drawing.SOFT, lw=1, zorder=1)
     return drawing.save(figure, pathlib.Path(path))
+
+
+def _curve(ax: Any, index: int, several: Sequence[Mapping[str, Any]], per_round: float) -> None:
+    """Mean and range over seeds, against rounds times whatever a round is."""
+    colour, marker = drawing.look(index)
+    rounds = np.array([at for at, _ in several[0]["accuracy"]], float)
+    values = np.array([[value for _, value in one["accuracy"]] for one in several])
+    dots: dict[str, Any] = {"marker": marker, "ms": 4, "mew": 0} if len(rounds) <= 16 else {}
+    ax.plot(rounds * per_round, values.mean(0), color=colour, lw=1.8, zorder=3, **dots)
+    if len(values) > 1:
+        ax.fill_between(rounds * per_round, values.min(0), values.max(0), color=colour, alpha=0.18, lw=0)
 
 
 def _class_colours(number: int) -> Any:

@@ -241,7 +241,8 @@ def peak(clients: int) -> None:
     """Prints the peak memory of this process after two rounds of so many clients who share 8192 examples."""
     problem = Problem(models.cnn((32, 64, 128), pools=3, hidden=(512,), norm=None), clients, 8192 // clients, 32)
     run = problem.ours("stream")
-    jax.block_until_ready((run(), run()))
+    for _ in range(2):
+        jax.block_until_ready(run())
     print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 

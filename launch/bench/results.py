@@ -224,7 +224,7 @@ def table(folder: pathlib.Path = FOLDER) -> str:
 
 
 def record(workdir: str | os.PathLike[str], name: str, folder: pathlib.Path = EXPERIMENTS) -> None:
-    """Keeps the summary and the figure of a finished run of `launch.train` or `launch.convert`.
+    """Keeps the summary and the figure of a finished run of `launch.train`, `launch.convert` or `launch.federate`.
 
     The figure is the curve of its cascade where there is one, and the comparison of its networks otherwise.
 
@@ -245,6 +245,8 @@ def experiment_table(path: pathlib.Path) -> str:
     """The Markdown table of a recorded experiment, with what it ran on."""
     entry = json.loads(path.read_text())
     data, seeds = entry["dataset"], entry["seeds"]
+    if "clients" in entry:
+        return _federation_table(entry)
     rows = comparison_markdown(entry["networks"])
     if "cascade" in entry:
         rows += f"\n\n{_cascade_table(entry['cascade'])}"
@@ -256,6 +258,29 @@ def experiment_table(path: pathlib.Path) -> str:
         f"{rows}\n\n{data['name']}: {data['train']:,} training and {data['test']:,} test images, {steps}"
         f"{'seed' if len(seeds) == 1 else 'mean over seeds'} {', '.join(map(str, seeds))}; {latency}"
         f"on {entry['device']}, {entry['date']}."
+    )
+
+
+def _federation_table(entry: Mapping[str, Any]) -> str:
+    first = entry["baseline"].replace("_", " ")
+    lines = [
+        f"| partition | method | last | best | rounds to {first}'s best | parameters | MACs | MB a round |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in entry["results"]:
+        low, high = row["accuracy_range"]
+        spread = f" ({100 * low:.2f} to {100 * high:.2f})" if low < high else ""
+        reached = "never in all seeds" if row["rounds_to"] is None else f"{row['rounds_to']:.3g}"
+        cells = [row["partition"].replace("_", " "), row["method"].replace("_", " ")]
+        cells += [f"{100 * row['accuracy']:.2f} %{spread}", f"{100 * row['best']:.2f} %", reached]
+        cells += [f"{row['params']:,}", f"{row['macs']:,}", f"{row['bytes_per_round'] / 1e6:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    data, seeds = entry["dataset"], ", ".join(map(str, entry["seeds"]))
+    rows = "\n".join(lines)
+    return (
+        f"{rows}\n\n{data['name']}: {entry['clients']} clients, {data['train']:,} training and {data['test']:,} test "
+        f"images, {entry['rounds']} rounds of {entry['epochs']} epochs, seeds {seeds}; {entry['device']}, "
+        f"{entry['date']}."
     )
 
 
