@@ -13,11 +13,11 @@ from configs.federation import base, method, partition
 def get_config(arg: str = "") -> ConfigDict:
     """`:smoke` does two rounds."""
     config = base("digits")
-    config.rounds, config.epochs, config.batch_size = 30, 1, 16
+    config.rounds, config.epochs, config.batch_size, config.learning_rate = 30, 2, 16, 0.03
     config.partitions.two_classes = partition("by_classes", classes_per_client=2)
-    widths = {"widths": (16, 32, 40), "norm": "group", "pools": 2}
-    config.methods.fed_avg = method("cnn", **widths)
-    config.methods.fed2 = method("cnn", groups=10, first="conv3", entry="all", **widths)
+    network = {"widths": (16, 32), "hidden": (80,), "norm": None, "pools": 2}
+    config.methods.fed_avg = method("cnn", **network)
+    config.methods.fed2 = method("cnn", groups=10, first="dense1", entry="all", **network)
     if arg == "smoke":
         config.rounds = 2
     return config

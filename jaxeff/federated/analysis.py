@@ -23,6 +23,8 @@ from jaxeff.ops.grouped import channel_major, group_major
 
 Variables = Mapping[str, Any]
 NORMS: tuple[str | None, ...] = ("l2", "l1", None)
+NOTHING = -1
+"""Stands for the class of a unit that is for none."""
 
 
 def class_preference(
@@ -175,12 +177,14 @@ def _of_length_one(vectors: jax.Array, normalise: str | None) -> jax.Array:
 
 
 def primary_classes(preferences: jax.Array) -> jax.Array:
-    """The class that each unit does most for: int32 [J] from [J, C]."""
-    return preferences.argmax(-1).astype(jnp.int32)
+    """The class that each unit does most for, -1 for units that are for none, though against some: [J] from [J, C]."""
+    return jnp.where(preferences.max(-1) > 0, preferences.argmax(-1), NOTHING).astype(jnp.int32)
 
 
 def agreement(preferences: Sequence[jax.Array]) -> float:
     """Share of the units that are for the same class in two networks, a mean over all pairs of them.
+
+    Units that are for no class in one of the two are not counted.
 
     Args:
       preferences: of one layer in each network, [J, C].
@@ -191,6 +195,7 @@ def agreement(preferences: Sequence[jax.Array]) -> float:
     if len(preferences) < 2:
         raise ValueError(f"networks are compared in pairs, got {len(preferences)}")
     primary = np.stack([np.asarray(primary_classes(vectors)) for vectors in preferences])
-    same = (primary[:, None] == primary[None]).mean(-1)
-    count = len(primary)
-    return float((same.sum() - count) / (count * (count - 1)))
+    pairs = np.triu_indices(len(primary), 1)
+    a, b = primary[pairs[0]], primary[pairs[1]]
+    alive = (a != NOTHING) & (b != NOTHING)
+    return float(((a == b) & alive).sum() / max(1, alive.sum()))

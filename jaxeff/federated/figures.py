@@ -140,7 +140,8 @@ def draw_features(
     """Draws what each unit of a layer is for, client under client: columns of one colour are features that align.
 
     Args:
-      primary: by title, int [N, J], the class that each unit of each client does most for, as of `primary_classes`.
+      primary: by title, int [N, J], the class that each unit of each client does most for, as of `primary_classes`;
+        units that are for none are left white.
       path: the PNG to write; its folder is created.
       classes: their names; None for their numbers.
 
@@ -156,7 +157,8 @@ def draw_features(
     for ax, (title, values) in zip(axes, maps.items(), strict=True):
         drawing.dress(ax, title)
         ax.grid(False)
-        ax.pcolormesh(np.arange(values.shape[1] + 1), np.arange(len(values) + 1), values, cmap=colours, vmin=-0.5,
+        shown = np.ma.masked_less(values, 0)
+        ax.pcolormesh(np.arange(values.shape[1] + 1), np.arange(len(values) + 1), shown, cmap=colours, vmin=-0.5,
                       vmax=number - 0.5, edgecolors="white", lw=0.4)  # fmt: skip
         ax.set_ylim(len(values), 0)
         ax.set_yticks(np.arange(len(values)) + 0.5, range(len(values)))

@@ -97,3 +97,10 @@ def test_bad_input_is_refused(variables):
         analysis.class_preference(Plain(), variables, X, LABELS, 3, normalise="max")
     with pytest.raises(ValueError, match="labels must be one for each image"):
         federated.class_preference(Plain(), variables, X, LABELS[:2], 3)
+
+
+def test_units_that_are_for_no_class_have_none():
+    """They do nothing, or speak against the one class that they see; neither makes them the first class's."""
+    preferences = jnp.array([[0.0, 0.0, 0.0], [0.0, -2.0, 0.0], [0.0, -2.0, 0.5], [0.1, 0.0, 0.0]])
+    np.testing.assert_array_equal(analysis.primary_classes(preferences), [-1, -1, 2, 0])
+    assert analysis.agreement([preferences, preferences.at[3].set(0.0)]) == 1
