@@ -64,6 +64,8 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
     folders = {key: f"{key[0]}/{key[1]}/seed{key[2]}" for key in runs}
     for key in runs:
         federation_of(config, key, prepared, parts, preprocess, train)
+    epsilons = {name: spent(config, section) for name, section in config["methods"].items()}
+    how = federated.Participation(**config["participation"])
     directory, _ = training.prepare_workdir(workdir, settings, overwrite, folders.values())
     for (name, seed), partition in parts.items():
         if seed == config["seeds"][0]:
@@ -90,14 +92,15 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
             checkpoint_every=config["checkpoint_every"] or max(1, rounds // 4),
             keep=config["keep"],
             config={**settings, "partition": key[0], "method": key[1], "seed": key[2]},
-            examples_per_step=int(np.asarray(clients.sizes).sum()) * config["epochs"],
+            examples_per_step=int(np.asarray(clients.sizes).mean() * how.asked(clients.number)) * config["epochs"],
             tensorboard=config["tensorboard"],
         )
-        variables = federation.algorithm.variables(result.state.server)
+        if bad := sorted({int(row["train/first_rejected"]) for row in result.history if row.get("train/rejected")}):
+            print(f"left out in some rounds, as they sent what is not finite: clients {', '.join(map(str, bad))}")
         found[key] = {
             "accuracy": [(row["step"], row["eval/accuracy"]) for row in result.history if "eval/accuracy" in row],
-            "by_class": by_class(task, variables, test, config["eval_batch_size"]),
-            "bytes_per_round": int(traffic.up.sum() + traffic.down.sum()),
+            "by_class": by_class(federation.algorithm, task, result.state, test, config["eval_batch_size"]),
+            "bytes_per_round": federated.expected_bytes(traffic, how),
         }
 
     # ---- comparison --------------------------------------------------------------------------------------------------
@@ -109,7 +112,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         "seeds": list(config["seeds"]),
         "baseline": baseline_of(config),
         "results": [
-            compared(config, found, prepared, partition, name)
+            compared(config, found, prepared, partition, name) | {"epsilon": epsilons[name]}
             for partition in config["partitions"]
             for name in config["methods"]
         ],
@@ -189,9 +192,8 @@ def federation_of(config, key, prepared, parts, preprocess, train):
     variables = jax.eval_shape(init, jax.random.key(0))
     how = federated.Participation(**config["participation"])
     algorithm = algorithm_of(config, section, task)
-    algorithm = sent_as(
-        section, algorithm._replace(aggregate=aggregate_of(section, method, variables, dealt)), how, dealt
-    )
+    algorithm = algorithm._replace(aggregate=aggregate_of(section, method, variables, dealt))
+    algorithm = sent_as(section, algorithm, how, dealt, method.grouped)
     own, exchanged = {}, {}
     groups = section["groups"]
     if method.grouped is not None and groups["mode"] == "subset":
@@ -233,7 +235,9 @@ def aggregate_of(section: Mapping[str, Any], method: Prepared, variables: Any, d
     Raises:
       ValueError: for settings of a rule that do not fit.
     """
-    robust, by = section["robust"], "uniform" if section["privacy"]["kind"] == "central" else "size"
+    robust = section["robust"]
+    # SCAFFOLD's control variates are means of clients alike, and so are its models.
+    by = "uniform" if section["privacy"]["kind"] == "central" or section["algorithm"] == "scaffold" else "size"
     grouped, counts = method.grouped, dealt.class_counts
     if not robust["rule"]:
         if grouped is None:
@@ -254,8 +258,11 @@ def aggregate_of(section: Mapping[str, Any], method: Prepared, variables: Any, d
     return aggregates.robust(rule, least=least, clip=robust["clip"] or None, **groups)
 
 
-def sent_as(section, algorithm: federated.Algorithm, how: federated.Participation, dealt: federated.Partition):
-    """The algorithm with what clients send compressed and private, where that is asked for."""
+def sent_as(section, algorithm: federated.Algorithm, how: federated.Participation, dealt, grouped):
+    """The algorithm with what clients send compressed and private, where that is asked for.
+
+    How many clients own each group is taken for public: sums of groups are divided by it.
+    """
     packed, private = section["compression"], section["privacy"]
     if packed["bits"] or packed["share"]:
         values = compression.quantised(packed["bits"]) if packed["bits"] else None
@@ -266,7 +273,11 @@ def sent_as(section, algorithm: federated.Algorithm, how: federated.Participatio
     if private["kind"] == "central":
         expected = how.asked(len(dealt.indices)) * how.available
         clip = privacy.Quantile(private["clip"], private["quantile"]) if private["quantile"] else private["clip"]
-        return privacy.central(algorithm, clip=clip, noise=private["noise"], expected=expected)
+        owners = None
+        if grouped is not None:
+            owned = fed2.owned_groups(grouped, dealt.class_counts).sum(0)
+            owners = np.maximum(1, owned) * expected / len(dealt.indices)
+        return privacy.central(algorithm, clip=clip, noise=private["noise"], expected=expected, owners=owners)
     return algorithm
 
 
@@ -313,10 +324,12 @@ def image_augmentation(section: Mapping[str, Any]) -> Callable[[jax.Array, jax.A
     return lambda key, images: augment(key, images, jnp.zeros((len(images), 1)))[0]
 
 
-def by_class(task: federated.Task, variables: Any, test: data.Dataset, batch_size: int) -> list[float]:
+def by_class(
+    algorithm: federated.Algorithm, task: federated.Task, state: Any, test: data.Dataset, batch_size: int
+) -> list[float]:
     """Test accuracy of each class."""
-    evaluate = jax.jit(task.evaluate)
-    sums = [evaluate(variables, batch) for batch in data.padded_batches(test.arrays, batch_size)]
+    evaluate = jax.jit(lambda state, batch: federated.tested(algorithm, task, state, batch))
+    sums = [evaluate(state, batch) for batch in data.padded_batches(test.arrays, batch_size)]
     correct, examples = (sum(np.asarray(one[name]) for one in sums) for name in ("correct", "examples"))
     return (correct / np.maximum(examples, 1)).tolist()
 
@@ -338,7 +351,6 @@ def compared(config, found, prepared, partition: str, name: str) -> dict[str, An
         "bytes_per_round": statistics.mean(one["bytes_per_round"] for one in several),
         "params": total.params,
         "macs": total.macs,
-        "epsilon": spent(config, config["methods"][name]),
         "rounds_to": rounds_to(config, found, partition, name),
     }
 

@@ -35,7 +35,6 @@ if importlib.util.find_spec("jaxeff") is None:
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from IPython.display import Image
 
@@ -96,7 +95,8 @@ learned = {name: learn(name, ROUNDS) for name in networks}
 # ## What each unit is for, at every client
 #
 # Every client trains on from the global network, on what it holds. Then one backward pass says for each unit which
-# class it does most for. A row is a client, a column a unit of the hidden dense layer; units that are for none are white.
+# class it does most for. A row is a client, a column a unit of the hidden dense layer; units that are for none are
+# white.
 
 # %%
 images, labels = jnp.asarray(test.arrays["image"]) / 255.0, jnp.asarray(test.arrays["label"])

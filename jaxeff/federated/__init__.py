@@ -1,7 +1,7 @@
 """Federated learning: who holds what, and what clients learn of it together."""
 
 from jaxeff.federated import aggregates, compression, fed2, fusion, many, privacy, robust, secure, symmetry
-from jaxeff.federated.accounting import Traffic, traffic
+from jaxeff.federated.accounting import Traffic, expected_bytes, traffic
 from jaxeff.federated.activation_matching import activation_match, activations
 from jaxeff.federated.aggregates import Aggregate, Member
 from jaxeff.federated.algorithms import (
@@ -38,7 +38,7 @@ from jaxeff.federated.partition import (
     with_noise,
 )
 from jaxeff.federated.permutation import Permutations, derive, permute, random_perms, verify
-from jaxeff.federated.rounds import Federation, Report, State, as_method, federate
+from jaxeff.federated.rounds import Federation, Report, State, as_method, federate, tested
 from jaxeff.federated.symmetry import WithinGroups, within_groups
 from jaxeff.federated.task import Task, classification
 
@@ -76,6 +76,7 @@ __all__ = [
     "compression",
     "derive",
     "dirichlet",
+    "expected_bytes",
     "fed2",
     "fed_avg",
     "fed_bn",
@@ -106,6 +107,7 @@ __all__ = [
     "scaffold",
     "secure",
     "symmetry",
+    "tested",
     "total_variance",
     "traffic",
     "verify",

@@ -9,12 +9,13 @@ import numpy as np
 from jaxeff import trees
 from jaxeff.federated.algorithms.base import Algorithm
 from jaxeff.federated.paired import SHARED, spread_axes
+from jaxeff.federated.participation import Participation
 
 Tree = Any
 
 
 class Traffic(NamedTuple):
-    """Bytes between the server and each client in a round: int64 [N]."""
+    """Bytes between the server and each client in a round that it takes part in: int64 [N]."""
 
     down: np.ndarray
     up: np.ndarray
@@ -70,6 +71,19 @@ def traffic(
     up = sum(trees.nbytes(leaf) for leaf, var in zip(leaves, jaxpr.outvars, strict=True) if id(var) not in given)
     share = np.ones(clients) if owned is None else _share(group_axes, owned, variables)
     return Traffic(*(np.round(total * share).astype(np.int64) for total in (down, up)))
+
+
+def expected_bytes(found: Traffic, how: Participation) -> float:
+    """Bytes of a round in which clients take part as planned, on average: both ways, of all of them together.
+
+    Args:
+      found: of `traffic`.
+      how: who takes part. What a client sends that is then lost is not counted.
+    """
+    clients = len(found.up)
+    there = how.asked(clients) / clients * np.broadcast_to(np.asarray(how.available, np.float64), (clients,))
+    arrives = (1 - how.dropout) * (1 - how.stragglers if how.late == "drop" else 1.0)
+    return float((there * (found.down + arrives * found.up)).sum())
 
 
 def _share(group_axes: Tree, owned: Any, variables: Tree) -> np.ndarray:

@@ -45,6 +45,7 @@ class Aggregate(NamedTuple):
       empty: previous variables -> sums over nobody. None, as are the next two, for what needs all clients at once.
       term: (variables, member) -> its part of the sums.
       result: (sums, previous variables) -> variables.
+      check: sizes int [N] -> None; raises ValueError where the aggregate does not fit these clients.
       over: (expected, owners) -> the same with fixed denominators, as of `fixed`; None where a client may count more
         than another, so that what one of them can change has no bound.
     """
@@ -55,6 +56,7 @@ class Aggregate(NamedTuple):
     term: Callable[[Tree, Member], Tree] | None = None
     result: Callable[[Tree, Tree], Tree] | None = None
     over: Callable[..., "Aggregate"] | None = None
+    check: Callable[[np.ndarray], None] = lambda sizes: None
 
 
 def mean(by: str = "size") -> Aggregate:
@@ -98,7 +100,11 @@ def paired(group_axes: Tree, omega: Any, by: str = "size") -> Aggregate:
             sums, _ = jax.lax.scan(lambda so_far, m: (add(so_far, one(*m)), None), nobody(previous), (stacked, members))
             return finish(sums, previous)
 
-        return Aggregate(weight, combine, nobody, one, finish)
+        return Aggregate(weight, combine, nobody, one, finish, check=check)
+
+    def check(sizes):
+        if group_axes is not None and len(sizes) != len(omega):
+            raise ValueError(f"omega has weights of {len(omega)} clients, but there are {len(sizes)}")
 
     alike = by == "uniform" and bool(np.isin(np.asarray(omega), (0, 1)).all())
     return Aggregate(
@@ -110,13 +116,14 @@ def paired(group_axes: Tree, omega: Any, by: str = "size") -> Aggregate:
         one,
         lambda sums, previous: result(sums, group_axes, previous),
         fixed if alike else None,
+        check,
     )
 
 
 def robust(
     rule: Callable[[Tree, jax.Array], Tree],
     *,
-    least: int = 1,
+    least: int,
     group_axes: Tree = None,
     omega: Any = None,
     clip: float | None = None,
@@ -126,14 +133,32 @@ def robust(
     Args:
       rule: (stacked, counted bool [M]) -> tree, for example `robust.median`, or
         `lambda stacked, counted: robust.krum(stacked, counted, 2)`.
-      least: members that must be counted; a round of fewer leaves the variables as they were.
+      least: members that must be counted, of all and of the owners of each group: 1 for medians, 2 f + 3 for Krum and
+        4 f + 3 for Bulyan; a round of fewer leaves the variables as they were.
       group_axes, omega: as of `paired`; None for no groups.
       clip: L2 norm to which updates are clipped first.
 
     Returns:
       The aggregate. Members that count less because they are late count as one.
+
+    Raises:
+      ValueError: for groups that never have so many owners; from `Federation.init`, for clients that are fewer.
     """
     owners = None if omega is None else jnp.asarray(omega, jnp.float32)
+    if omega is not None:
+        having = (np.asarray(omega) > 0).sum(0)
+        if (having < least).any():
+            few = ", ".join(f"{g} ({having[g]})" for g in np.flatnonzero(having < least))
+            raise ValueError(
+                f"the rule needs {least} owners of each group, but these have fewer: {few}; take a rule that needs "
+                "fewer, such as the median, or fewer groups"
+            )
+
+    def check(sizes):
+        if len(sizes) < least:
+            raise ValueError(f"the rule needs {least} clients, but there are {len(sizes)}")
+        if owners is not None and len(sizes) != len(owners):
+            raise ValueError(f"omega has weights of {len(owners)} clients, but there are {len(sizes)}")
 
     def combine(stacked, members, previous):
         counted = members.counted > 0
@@ -146,11 +171,11 @@ def robust(
             found = rule(stacked, counted)
         else:
             owned = jnp.take(owners, members.number, 0, mode="clip")
-            found = robust_of.by_group(rule, stacked, group_axes, owned, counted, previous)
+            found = robust_of.by_group(rule, stacked, group_axes, owned, counted, previous, least=least)
         enough = counted.sum() >= least
         return jax.tree.map(lambda new, old: jnp.where(enough, new, old), found, previous)
 
-    return Aggregate(_weight("uniform"), combine)
+    return Aggregate(_weight("uniform"), combine, check=check)
 
 
 def _weight(by: str) -> Callable[[Member], jax.Array]:

@@ -23,7 +23,8 @@ class Clients(NamedTuple):
 
     Attributes:
       arrays: all examples by name, [n, ...].
-      rows: int32 [N, R], numbers of the examples of each client; padded at the end.
+      rows: int32 [N, R], numbers of the examples of each client; padded at the end by the first of them, so that
+        nothing of another client is ever read.
       sizes: int32 [N], how many of these are its own.
       own: what each client brings to its batches beside examples, [N, ...] by name.
     """
@@ -68,6 +69,7 @@ def clients_of(arrays: Mapping[str, Any], partition: Partition | Any, own: Mappi
     rows = np.zeros((len(parts), max(1, max(map(len, parts)))), np.int32)
     for row, part in zip(rows, parts, strict=True):
         row[: len(part)] = part
+        row[len(part) :] = part[0] if len(part) else 0
     return Clients(
         {name: jnp.asarray(array) for name, array in arrays.items()},
         jnp.asarray(rows),
@@ -87,7 +89,9 @@ def shuffled(clients: Clients, number: jax.Array, key: jax.Array, batch_size: in
     length = -(-len(row) // batch_size) * batch_size
     drawn = jax.random.bits(key, row.shape) >> 1
     order = jnp.argsort(jnp.where(jnp.arange(len(row)) < size, drawn, jnp.uint32(2**32 - 1)))
-    return jnp.pad(row[order], (0, length - len(row)))
+    # Padding is the client's first example, however long the row is: batch norm sees it, though the loss does not.
+    own = jnp.where(jnp.arange(len(row)) < size, row[order], row[0])
+    return jnp.concatenate([own, jnp.broadcast_to(row[0], (length - len(row),))])
 
 
 def batch_at(

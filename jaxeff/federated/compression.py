@@ -135,7 +135,8 @@ def compressed(algorithm: Algorithm, codec: Codec, *, feedback: bool = True) -> 
             wanted = new.astype(jnp.float32) - old.astype(jnp.float32) + more
             arrived = codec.decode(codec.encode(jax.random.fold_in(key, number), wanted), new.shape)
             sent.append((old.astype(jnp.float32) + arrived).astype(new.dtype))
-            rest.append(wanted - arrived)
+            # What the server reads, which narrow numbers round once more.
+            rest.append(wanted - (sent[-1].astype(jnp.float32) - old.astype(jnp.float32)))
         lost = jax.tree.unflatten(structure, rest) if feedback else ()
         return upload._replace(variables=jax.tree.unflatten(structure, sent)), (mine, lost)
 

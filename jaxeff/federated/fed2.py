@@ -283,12 +283,13 @@ def _dividing(trunk: spec.Architecture, groups: int, rounded: dict[str, tuple[in
     wanted = -(-width // groups) * groups
     if wanted == width:
         return trunk
-    # Layers that a sum ties together have one width.
+    # Layers that a sum ties together have one width, and depthwise ones that of the layer before.
     tied = isinstance(last, spec.Residual)
-    widths = {
-        path: wanted
+    own = {
+        path: layer.features
         for path, layer in spec.walk(trunk)
-        if isinstance(layer, spec.Conv | spec.Dense) and layer.features == width and (tied or path == last.name)
+        if isinstance(layer, spec.Conv | spec.Dense) and getattr(layer, "groups", 1) != spec.DEPTHWISE
     }
+    widths = {path: wanted for path, has in own.items() if has == width and (tied or path == list(own)[-1])}
     rounded.update({path: (width, wanted) for path in widths})
     return spec.shrink(trunk, widths)

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 WEIGHTS: tuple[str, ...] = ("class_counts", "uniform", "size")
+LIMIT = 1e20
+"""Of any number that a client sends: larger ones overflow when they are weighted and summed."""
 SHARED = -1
 """Stands for the group axis of what has none."""
 Tree = Any
@@ -204,7 +206,8 @@ def _mean(leaf: jax.Array, weights: jax.Array, before: jax.Array) -> jax.Array:
     counted = (weights > 0).reshape(-1, *(1,) * (leaf.ndim - 1))
     total = weights.sum()
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return jnp.where(total > 0, jnp.where(counted, leaf, before).max(0), before)
+        lowest = jnp.iinfo(leaf.dtype).min if jnp.issubdtype(leaf.dtype, jnp.integer) else False
+        return jnp.where(total > 0, jnp.where(counted, leaf, lowest).max(0), before)
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     values = jnp.where(counted, leaf, 0).astype(wide)
     added = jnp.tensordot(weights.astype(wide), values, axes=1, precision=jax.lax.Precision.HIGHEST)

@@ -80,7 +80,7 @@ def by_classes(
     for c in range(classes):
         owners = [client for client in rng.permutation(clients) if c in owned[client]]
         members = rng.permutation(np.flatnonzero(labels == c))
-        if 0 < len(members) < len(owners):
+        if len(members) < len(owners):
             raise ValueError(
                 f"class {c} has {len(members)} examples for {len(owners)} owners; let there be fewer clients or "
                 "classes_per_client"

@@ -127,6 +127,8 @@ def central(
         personal=None if personal is None else lambda server, own: personal(server.inner, own),
         aggregate=aggregate,
         always=True,
+        # Their updates would be clipped to an old norm, and hidden by the noise of the new one.
+        from_old=not target.rate,
     )
 
 
@@ -292,6 +294,12 @@ def _noises(target: Quantile, noise: float, expected: float) -> tuple[float, flo
 
 
 def _variables_only(upload):
+    inexact = [leaf for leaf in jax.tree.leaves(upload.variables) if _inexact(leaf)]
+    if narrow := {leaf.dtype.name for leaf in inexact if _wide(leaf).dtype != leaf.dtype}:
+        raise ValueError(
+            f"privacy needs float32 variables, got {', '.join(sorted(narrow))}: rounding would undo the clipping. Keep "
+            "the parameters in float32 and compute in the narrow type"
+        )
     if jax.tree.leaves((upload.mean, upload.sum)):
         raise ValueError(
             "clients of this algorithm send more than their variables (control variates, step counts), which would "

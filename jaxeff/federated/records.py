@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxeff import trees
 from jaxeff.federated.fed2 import MODES
-from jaxeff.federated.paired import SHARED, group_weights, spread_axes
+from jaxeff.federated.paired import LIMIT, SHARED, group_weights, spread_axes
 
 try:
     from flwr.app import Array, ArrayRecord
@@ -34,8 +34,6 @@ ROUND, FINGERPRINT = "server-round", "fingerprint"
 STORED = "numpy.ndarray"
 HEADER = 4096
 """More bytes than the header of any array of numpy has."""
-LIMIT = 1e20
-"""Of the size of numbers: in float32 their sum over a thousand million clients of as many examples is finite."""
 
 
 class Refused(ValueError):

@@ -111,7 +111,7 @@ def krum(stacked: Tree, counted: Any, byzantine: int, *, select: int = 1) -> Tre
     Args:
       stacked, counted: as of `median`.
       byzantine: f, how many clients may be bad.
-      select: how many are averaged; more is MultiKrum.
+      select: how many are averaged, n - f at most; more than one is MultiKrum.
 
     Returns:
       Leaves [...].
@@ -126,21 +126,27 @@ def krum(stacked: Tree, counted: Any, byzantine: int, *, select: int = 1) -> Tre
             f"select must be in 1..{known - byzantine}, as {byzantine} of {known} may be bad, got {select}"
         )
     chosen = jnp.argsort(_krum_scores(_distances(stacked), counted, byzantine), stable=True)[:select]
-    return jax.tree.map(lambda leaf: leaf[chosen].astype(jnp.float32).mean(0).astype(leaf.dtype), stacked)
+    number = jnp.clip(counted.sum() - byzantine, 1, select)
+
+    def one(leaf):
+        picked = jnp.where(_of_clients(jnp.arange(select) < number, leaf), leaf[chosen].astype(jnp.float32), 0)
+        return (picked.sum(0) / number).astype(leaf.dtype)
+
+    return jax.tree.map(one, stacked)
 
 
 def bulyan(stacked: Tree, counted: Any, byzantine: int) -> Tree:
     """Of n - 2 f clients that Krum chooses one after the other, the mean of the n - 4 f values around each median.
 
     Args:
-      stacked, counted: as of `median`; who is counted must be known, as shapes follow from it.
+      stacked, counted: as of `median`.
       byzantine: f.
 
     Returns:
       Leaves [...].
 
     Raises:
-      ValueError: for fewer than 4 f + 3 clients.
+      ValueError: for fewer than 4 f + 3 clients, of those counted if that is known.
     """
     counted = _counted(counted, byzantine, 3, 4, "bulyan")
     known = _known(counted)
@@ -148,17 +154,24 @@ def bulyan(stacked: Tree, counted: Any, byzantine: int) -> Tree:
     for _ in range(known - 2 * byzantine):
         chosen.append(jnp.argmin(_krum_scores(distances, left, byzantine)))
         left = left.at[chosen[-1]].set(False)
-    picked, keep = jnp.stack(chosen), known - 4 * byzantine
+    picked, n = jnp.stack(chosen), counted.sum()
+    # Where fewer are counted than could be, the last of them have chosen nobody.
+    there, keep = jnp.arange(len(picked)) < n - 2 * byzantine, jnp.maximum(n - 4 * byzantine, 1)
 
     def one(leaf):
         values = leaf[picked].astype(jnp.float32)
-        nearest = jnp.argsort(jnp.abs(values - jnp.median(values, axis=0)), axis=0, stable=True)[:keep]
-        return jnp.take_along_axis(values, nearest, 0).mean(0).astype(leaf.dtype)
+        (middle,) = jax.tree.leaves(median([values], there))
+        away = jnp.where(_of_clients(there, values), jnp.abs(values - middle), jnp.inf)
+        ordered = jnp.take_along_axis(values, jnp.argsort(away, axis=0, stable=True), 0)
+        near = jnp.where(_of_clients(jnp.arange(len(values)) < keep, values), ordered, 0)
+        return (near.sum(0) / keep).astype(leaf.dtype)
 
     return jax.tree.map(one, stacked)
 
 
-def by_group(aggregate: Aggregate, stacked: Tree, group_axes: Tree, owned: Any, counted: Any, previous: Tree) -> Tree:
+def by_group(
+    aggregate: Aggregate, stacked: Tree, group_axes: Tree, owned: Any, counted: Any, previous: Tree, *, least: int = 1
+) -> Tree:
     """Any of these over what Fed2 pairs: shared leaves over all counted, each group over its owners alone.
 
     Args:
@@ -166,9 +179,10 @@ def by_group(aggregate: Aggregate, stacked: Tree, group_axes: Tree, owned: Any, 
       stacked, group_axes, previous: as of `jaxeff.federated.paired_average`.
       owned: bool [N, G], who owns which group; weights that are not 0 do.
       counted: bool [N].
+      least: how many must be counted, of all and of the owners of each group.
 
     Returns:
-      Leaves [...]; the previous ones where nobody is counted.
+      Leaves [...]; the previous ones where fewer are counted.
     """
     counted = jnp.asarray(counted, bool)
     owned = (jnp.asarray(owned) > 0) & counted[:, None]
@@ -178,17 +192,23 @@ def by_group(aggregate: Aggregate, stacked: Tree, group_axes: Tree, owned: Any, 
     shared = [i for i, axis in enumerate(axes) if axis == SHARED]
     if shared:
         for i, value in zip(shared, aggregate([leaves[i] for i in shared], counted), strict=True):
-            results[i] = jnp.where(counted.any(), value, before[i])
+            results[i] = jnp.where(counted.sum() >= least, value, before[i])
     paired = [i for i, axis in enumerate(axes) if axis != SHARED]
     groups: list[list[jax.Array]] = []
     for g in range(owned.shape[1]) if paired else ():
         values = aggregate([jnp.take(leaves[i], g, 1 + axes[i]) for i in paired], owned[:, g])
         old = [jnp.take(before[i], g, axes[i]) for i in paired]
-        groups.append([jnp.where(owned[:, g].any(), value, was) for value, was in zip(values, old, strict=True)])
+        enough = owned[:, g].sum() >= least
+        groups.append([jnp.where(enough, value, was) for value, was in zip(values, old, strict=True)])
     for place, i in enumerate(paired):
         results[i] = jnp.stack([group[place] for group in groups], axes[i])
     tree: Any = structure
     return tree.unflatten(results)
+
+
+def _of_clients(chosen: jax.Array, leaf: jax.Array) -> jax.Array:
+    """One bool for each client, beside the leaf of all of them."""
+    return chosen.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
 def _ordered(leaf: jax.Array, counted: jax.Array) -> jax.Array:
@@ -214,8 +234,10 @@ def _krum_scores(distances: jax.Array, counted: jax.Array, byzantine: int) -> ja
     """Sum of the squared distances to the nearest n - f - 2 others; infinite for who is not counted."""
     others = counted[:, None] & counted[None] & ~jnp.eye(len(counted), dtype=bool)
     ordered = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
-    near = jnp.maximum(counted.sum() - byzantine - 2, 1)
-    total = jnp.where((jnp.arange(len(counted)) < near) & jnp.isfinite(ordered), ordered, 0).sum(1)
+    n = counted.sum()
+    near = jnp.clip(n - byzantine - 2, 1, jnp.maximum(n - 1, 0))
+    # What is too far away for a number is infinitely far.
+    total = jnp.where(jnp.arange(len(counted)) < near, ordered, 0).sum(1)
     return jnp.where(counted, total, jnp.inf)
 
 

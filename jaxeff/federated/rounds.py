@@ -26,6 +26,7 @@ from jaxeff.federated import automatic, backends
 from jaxeff.federated.aggregates import Member
 from jaxeff.federated.algorithms.base import About, Algorithm, Upload
 from jaxeff.federated.clients import Clients, batch_at, shuffled, steps_per_epoch
+from jaxeff.federated.paired import LIMIT
 from jaxeff.federated.participation import Participation, Plan, check_participation, client_key, planned
 from jaxeff.federated.task import Task
 
@@ -58,7 +59,7 @@ class Report(NamedTuple):
       client: int32 [M], who was asked.
       steps: int32 [M], what it has done.
       counted: bool [M]; whether it took part in the result.
-      finite: bool [M]; whether what it sent is. A client that sends NaN is left out.
+      finite: bool [M]; whether what it sent is, and no larger than 1e20. A client that sends NaN is left out.
     """
 
     metrics: dict[str, jax.Array]
@@ -124,6 +125,8 @@ def federate(
         raise ValueError(f"backend must be one of {', '.join(map(repr, backends.BACKENDS))} or 'auto', got {backend!r}")
     if batch_size < 1 or chunk < 1:
         raise ValueError(f"batch_size and chunk must be at least 1, got {batch_size} and {chunk}")
+    if not np.issubdtype(np.asarray(epochs).dtype, np.integer):
+        raise ValueError(f"epochs must be whole numbers, got {epochs}")
     if np.ndim(epochs) > 1 or np.min(epochs, initial=1) < 0 or not np.any(np.asarray(epochs) > 0):
         raise ValueError(f"epochs must be a number of at least 1, or one of at least 0 for each client, got {epochs}")
     if backend == "auto":
@@ -144,11 +147,18 @@ def federate(
     if mesh is not None and backends.AXIS not in mesh.shape:
         raise ValueError(f"mesh must have an axis {backends.AXIS!r}, got {dict(mesh.shape)}")
     stale = how.staleness if how.stragglers and how.late == "stale" else 0
+    if stale and not algorithm.from_old:
+        raise ValueError(
+            "participation: late='stale' lets clients start from an old server, which this algorithm does not allow, "
+            "as one of `privacy.central` whose norm changes; take 'partial' or 'drop', or a norm that is fixed"
+        )
 
     def init(key: jax.Array, variables: Tree, clients: Clients) -> State:
         check_participation(how, clients.number)
         if np.ndim(epochs) and len(np.asarray(epochs)) != clients.number:
             raise ValueError(f"epochs must be one for each of the {clients.number} clients, got {len(epochs)}")  # type: ignore[arg-type]
+        if not isinstance(clients.sizes, jax.core.Tracer):
+            algorithm.aggregate.check(np.asarray(clients.sizes))
         if "params" not in variables:
             raise ValueError(f"variables must have 'params', got {', '.join(map(str, variables))}")
         variables = jax.tree.map(lambda leaf: jnp.array(leaf), dict(variables))
@@ -218,7 +228,8 @@ def as_method(federation: Federation, task: Task, init: Callable[[jax.Array], Tr
 
         fit(as_method(federation, task, init), lambda start: itertools.repeat(clients), steps=rounds, ...)
 
-    so that rounds are saved, resumed, evaluated and logged as any training is.
+    so that rounds are saved, resumed, evaluated and logged as any training is; a client that is left out, as it sent
+    what is not finite, is logged by its number ("first_rejected", -1 for none).
 
     Args:
       federation: of `federate`, in any backend but "loop", which is no compiled program; "auto" must be tuned before.
@@ -233,14 +244,24 @@ def as_method(federation: Federation, task: Task, init: Callable[[jax.Array], Tr
     def step(state: Any, clients: Any) -> tuple[Any, dict[str, jax.Array]]:
         state, report = federation.round(state, clients)
         rejected = (~report.finite).sum().astype(jnp.float32)
+        first = jnp.where(rejected > 0, report.client[jnp.argmax(~report.finite)], -1).astype(jnp.float32)
         steps = jnp.where(report.counted, report.steps, 0).sum().astype(jnp.float32)
-        return state, {**report.metrics, "rejected": rejected, "local_steps": steps}
+        return state, {**report.metrics, "rejected": rejected, "first_rejected": first, "local_steps": steps}
 
     def evaluate(state: Any, batch: Any) -> dict[str, jax.Array]:
-        sums = task.evaluate(federation.algorithm.variables(state.server), batch)
+        sums = tested(federation.algorithm, task, state, batch)
         return {name: value for name, value in sums.items() if value.ndim == 0}
 
     return training.Method(start, step, evaluate)
+
+
+def tested(algorithm: Algorithm, task: Task, state: State, batch: Any) -> dict[str, jax.Array]:
+    """What `Task.evaluate` finds of the global model; of one that is partly each client's own, their mean."""
+    if algorithm.personal is None:
+        return task.evaluate(algorithm.variables(state.server), batch)
+    personal = algorithm.personal
+    every = lax.map(lambda own: task.evaluate(personal(state.server, own), batch), state.own)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32).mean(0), every)
 
 
 class _Context(NamedTuple):
@@ -315,7 +336,7 @@ def _client(
         moved = lambda leaf, now, before: leaf + (now - before) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
         current, base = algorithm.variables(context.server), algorithm.variables(server)
         upload = upload._replace(variables=jax.tree.map(moved, upload.variables, current, base))
-    finite = trees.all_finite(upload)
+    finite = trees.all_finite(upload) & _within_limit(upload)
     counted = plan.reports & finite & (total > 0)
     weight = counted.astype(jnp.float32)
     aggregate = algorithm.aggregate
@@ -336,6 +357,11 @@ def _client(
     kept = (upload.variables, about) if keep else ()
     remembered = jax.tree.map(lambda now, before: jnp.where(counted, now, before), new, own)
     return sums, _Result(remembered, total, counted, finite, kept)
+
+
+def _within_limit(tree: Tree) -> jax.Array:
+    inexact = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([(jnp.abs(leaf) <= LIMIT).all() for leaf in inexact], dtype=bool))
 
 
 def _metrics_of(algorithm, clients, number, batch_size, key, local):

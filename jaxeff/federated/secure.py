@@ -160,7 +160,14 @@ def secure(
         found = result(sums, axes, previous)
         return jax.tree.map(lambda new, old: new if _inexact(old) else old, found, previous)
 
-    return Aggregate(plain.weight, combine)
+    def check(sizes):
+        plain.check(sizes)
+        shared = float(sizes.sum()) if by == "size" else float(len(sizes))
+        most = max(shared, float(weights.sum(0).max()))
+        if most > total:
+            raise ValueError(f"total bounds the sum of the weights, but these add up to {most:g}, more than {total:g}")
+
+    return Aggregate(plain.weight, combine, check=check)
 
 
 def _whole(leaf: jax.Array, scale: float) -> jax.Array:

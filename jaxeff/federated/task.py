@@ -69,7 +69,7 @@ def classification(
         mask, count = batch["mask"], jnp.maximum(batch["mask"].sum(), 1)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         right = (logits.argmax(-1) == batch["label"]) * mask
-        return (losses * mask).sum() / count, (model_state, {"accuracy": right.sum() / count})
+        return jnp.where(mask > 0, losses, 0).sum() / count, (model_state, {"accuracy": right.sum() / count})
 
     def evaluate(variables, batch):
         logits = apply(variables, preprocess(batch["image"]), False, None)[0].astype(jnp.float32)

@@ -220,3 +220,11 @@ def test_layers_that_cannot_begin_the_groups_are_refused():
         fed2.adapt(BASES["resnet"][0], "stage3_block1", entry="all")
     with pytest.raises(ValueError, match="mode must be one of 'full', 'subset'"):
         fed2.brought(fed2.adapt(BASES["mlp"][0], "dense2"), COUNTS, "some")
+
+
+def test_depthwise_layers_widen_with_those_before_them():
+    grouped = fed2.adapt(models.mobilenet(num_classes=10, width=0.25), "block3_pointwise", groups=10)
+    shared = spec.shapes(grouped.trunk)[grouped.trunk.layers[-1].name].output[-1]
+    assert shared % 10 == 0 and any(got > wanted for wanted, got in grouped.rounded.values())
+    module = fed2.GroupedNetwork(grouped)
+    assert jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

@@ -137,3 +137,10 @@ def test_weights_of_groups():
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(*clients(0, 2, 2))
+
+
+def test_the_highest_counter_is_that_of_who_is_counted():
+    """Neither a client of weight 0 nor what was before is."""
+    stacked, previous = {"count": jnp.array([3, 9])}, {"count": jnp.array(5)}
+    found = federated.paired_average(stacked, None, np.zeros((2, 1)), np.array([1.0, 0.0]), previous)
+    assert int(found["count"]) == 3

@@ -129,3 +129,8 @@ def test_what_cannot_be_dealt_is_said(call, error, message):
 def test_the_figure_is_written(tmp_path):
     part = federated.by_classes(LABELS, 5, 3, seed=0)
     assert figures.draw_partition(part, tmp_path / "parts" / "held.png").stat().st_size > 1000
+
+
+def test_a_class_without_examples_has_no_owner():
+    with pytest.raises(ValueError, match="class 3 has 0 examples"):
+        federated.by_classes([0, 0, 1, 1, 2, 2], 3, 2, seed=0, num_classes=4)

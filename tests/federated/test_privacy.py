@@ -8,7 +8,7 @@ import pytest
 from scipy import optimize, special, stats
 
 from jaxeff import federated, models
-from jaxeff.federated import aggregates, fed2, privacy
+from jaxeff.federated import aggregates, compression, fed2, privacy
 from tests.federated.quadratics import CENTRE, CURVATURE, START, clients, run, task, variables
 
 RATE = 0.1
@@ -138,6 +138,39 @@ def test_clients_that_send_more_are_refused():
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         privacy.central(uniform(), **{"clip": 1.0, "noise": 1.0, "expected": 4, **settings})
+
+
+def test_narrow_numbers_that_undo_the_clipping_are_refused():
+    half = {"params": {"w": jnp.ones(3, jnp.bfloat16)}}
+    loss = lambda v, batch, key: ((v["params"]["w"].sum() * batch["a"]).sum().astype(jnp.float32), ({}, {}))
+    made = federated.fed_avg(
+        federated.Task(loss, task().evaluate), optax.sgd(RATE), aggregate=aggregates.mean("uniform")
+    )
+    federation = federated.federate(privacy.central(made, clip=1.0, noise=1.0, expected=4), batch_size=1)
+    with pytest.raises(ValueError, match="privacy needs float32 variables, got bfloat16"):
+        federation.round(federation.init(jax.random.key(0), half, clients()), clients())
+
+
+def test_a_norm_that_changes_and_old_models_exclude_each_other():
+    private = privacy.central(uniform(), clip=privacy.Quantile(1.0), noise=1.0, expected=4)
+    stale = federated.Participation(stragglers=0.5, late="stale")
+    with pytest.raises(ValueError, match="late='stale'"):
+        run(private, 1, participation=stale)
+    run(privacy.central(uniform(), clip=1.0, noise=1.0, expected=4), 2, participation=stale)
+
+
+def test_what_is_drawn_twice_is_drawn_anew():
+    """Noise on top of random rounding, and what the model draws, are of different keys."""
+    seen = []
+    base = uniform()._replace(
+        client_step=lambda state, batch, key: (seen.append(jax.random.key_data(key)) or state, {})
+    )
+    both = privacy.local(compression.compressed(base, compression.quantised(2)), clip=1.0, noise=1.0)
+    start = (jax.tree.map(jnp.zeros_like, variables()), ((), jax.tree.map(jnp.zeros_like, variables())))
+    state, _ = both.client_step(both.client_init(*start), {}, jax.random.key(5))
+    key = jax.random.wrap_key_data(seen[0])
+    drawn = [state.bits, state.inner.bits, seen[0], *(jax.random.key_data(k) for k in jax.random.split(key, 3))]
+    assert len({tuple(np.asarray(bits).tolist()) for bits in drawn}) == len(drawn)
 
 
 # --- what is spent ----------------------------------------------------------------------------------------------------

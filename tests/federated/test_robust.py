@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxeff.federated import robust
+from jaxeff.federated import aggregates, robust
 
 
 def clients(seed, count):
@@ -135,3 +135,49 @@ def test_clients_that_are_not_finite_are_found():
 def test_what_cannot_be_robust_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call(clients(0, 6))
+
+
+def test_a_client_far_beyond_all_numbers_is_not_chosen():
+    """Its squared distance is infinite, and was once taken for none."""
+    stacked = {"w": jnp.ones((9, 4)).at[3].set(1e25) + 0.01 * jnp.arange(9.0)[:, None]}
+    for found in (
+        robust.krum(stacked, jnp.ones(9, bool), 1),
+        robust.krum(stacked, jnp.ones(9, bool), 1, select=8),
+        robust.bulyan(stacked, jnp.ones(9, bool), 1),
+    ):
+        assert float(jnp.abs(found["w"] - 1).max()) < 0.2
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_who_is_counted_may_be_traced(bad):
+    """Of nineteen clients eleven are counted: the same as if the others were not there."""
+    values = 1 + 0.1 * np.random.default_rng(0).normal(size=(19, 3))
+    counted = np.isin(np.arange(19), np.random.default_rng(1).permutation(19)[:11])
+    values[np.flatnonzero(counted)[:bad]] = 1.6
+    stacked = {"w": jnp.asarray(values, jnp.float32)}
+    alone = {"w": stacked["w"][counted]}
+    for rule in (
+        lambda tree, who: robust.krum(tree, who, 2),
+        lambda tree, who: robust.krum(tree, who, 2, select=9),
+        lambda tree, who: robust.bulyan(tree, who, 2),
+    ):
+        np.testing.assert_allclose(jax.jit(rule)(stacked, counted)["w"], rule(alone, np.ones(11, bool))["w"], rtol=1e-6)
+
+
+def test_more_than_can_be_averaged_are_not():
+    stacked = {"w": jnp.ones((10, 1))}
+    counted = jnp.arange(10) < 5
+    stacked = {"w": jnp.where(counted[:, None], stacked["w"], 0.0)}
+    found = jax.jit(lambda tree, who: robust.krum(tree, who, 1, select=8))(stacked, counted)
+    np.testing.assert_allclose(found["w"], 1.0)
+
+
+def test_groups_of_too_few_owners_are_refused_or_stay():
+    omega = np.array([[1, 0], [1, 1], [1, 1], [1, 1], [1, 1], [1, 1]])
+    krum = lambda stacked, counted: robust.krum(stacked, counted, 1)
+    with pytest.raises(ValueError, match=r"these have fewer: 1 \(5\)"):
+        aggregates.robust(krum, least=6, group_axes={"g": 0}, omega=omega)
+    made = aggregates.robust(krum, least=5, group_axes={"g": 0}, omega=omega)
+    members = aggregates.Member(jnp.arange(6), jnp.ones(6), jnp.ones(6).at[5].set(0.0), jnp.zeros(6, jnp.int32))
+    found = jax.jit(made.combine)({"g": jnp.full((6, 2), 3.0)}, members, {"g": jnp.array([7.0, 8.0])})
+    np.testing.assert_allclose(found["g"], [3.0, 8.0])

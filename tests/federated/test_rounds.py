@@ -45,7 +45,7 @@ def of_task(network, name):
     return {
         "fed_avg": lambda: federated.fed_avg(made, optax.sgd(0.1, momentum=0.9)),
         "scaffold": lambda: federated.scaffold(made, 0.1),
-        "median": lambda: federated.fed_avg(made, optax.sgd(0.1), aggregate=aggregates.robust(robust.median)),
+        "median": lambda: federated.fed_avg(made, optax.sgd(0.1), aggregate=aggregates.robust(robust.median, least=1)),
     }[name]()
 
 
@@ -239,7 +239,7 @@ def test_a_group_that_nobody_owns_stays_as_it_was():
 
 def test_krum_with_too_many_byzantine_clients_is_refused():
     rule = lambda stacked, counted: robust.krum(stacked, counted, 2)
-    algorithm = federated.fed_avg(task(), optax.sgd(0.1), aggregate=aggregates.robust(rule))
+    algorithm = federated.fed_avg(task(), optax.sgd(0.1), aggregate=aggregates.robust(rule, least=1))
     with pytest.raises(ValueError, match="2 byzantine clients need at least 2 \\* 2 \\+ 3 counted ones"):
         run(algorithm, 1)
 
@@ -286,3 +286,65 @@ def test_settings_that_do_not_fit_the_clients():
         federated.clients_of({"a": np.zeros(5)}, [[0], [5]])
     with pytest.raises(ValueError, match="own must have names that batches do not have already, got mask"):
         federated.clients_of({"a": np.zeros(5)}, [[0]], {"mask": np.zeros(1)})
+
+
+@pytest.mark.parametrize("backend", ["stream", "vmap", "map"])
+def test_a_client_reads_nothing_of_another(network, backend):
+    """Batches are filled up by the client's own examples: neither NaN of others nor batch norm tells of them."""
+    members = population([3, 5, 4, 7])
+    algorithm = of_task(network, "fed_avg")
+    clean, _ = after(network, algorithm, members, rounds=1, backend=backend, epochs=[0, 1, 1, 1])
+    image = members.arrays["image"].at[0].set(jnp.nan)
+    dirty = members._replace(arrays={**members.arrays, "image": image})
+    state, report = after(network, algorithm, dirty, rounds=1, backend=backend, epochs=[0, 1, 1, 1])
+    assert_close(state.server, clean.server, rtol=1e-6)
+    _, report = after(network, algorithm, dirty, rounds=1, backend=backend)
+    assert report.rejected() == [0]
+
+
+def test_padding_is_the_same_however_long_the_rows_are(network):
+    members = population([6, 3])
+    alone = members._replace(rows=members.rows[:, :6], sizes=jnp.array([0, 3], jnp.int32))
+    longer = members._replace(rows=jnp.pad(members.rows, ((0, 0), (0, 9)), mode="edge"), sizes=alone.sizes)
+    algorithm = of_task(network, "fed_avg")
+    a, b = (after(network, algorithm, some, rounds=1)[0] for some in (alone, longer))
+    for x, y in zip(jax.tree.leaves(a.server["batch_stats"]), jax.tree.leaves(b.server["batch_stats"]), strict=True):
+        assert np.isfinite(x).all() and x.shape == y.shape
+
+
+def test_numbers_too_large_to_be_summed_are_left_out():
+    huge = federated.fed_avg(task(), optax.sgd(0.1))
+
+    def final(state, server, own):
+        upload, own = huge.client_final(state, server, own)
+        w = upload.variables["params"]["w"]
+        return upload._replace(variables={"params": {"w": jnp.where(jnp.abs(w - CENTRE[0]) < 0.25, 1e38, w)}}), own
+
+    value, _, report = run(huge._replace(client_final=final), 1, epochs=30)
+    assert np.isfinite(value) and report.rejected() == [0]
+
+
+def test_what_does_not_fit_the_clients_is_said():
+    algorithm = federated.fed_avg(task(), optax.sgd(0.1))
+    two = aggregates.paired({"params": {"w": None}}, np.ones((2, 3)))
+    with pytest.raises(ValueError, match="weights of 2 clients, but there are 4"):
+        run(algorithm._replace(aggregate=two), 1)
+    with pytest.raises(ValueError, match="needs 5 clients, but there are 4"):
+        run(algorithm._replace(aggregate=aggregates.robust(robust.median, least=5)), 1)
+    for epochs in (0.5, [1.0, 1.5, 1.0, 1.0]):
+        with pytest.raises(ValueError, match="epochs must be whole numbers"):
+            run(algorithm, 1, epochs=epochs)
+
+
+def test_a_model_that_is_partly_its_clients_own_is_tested_as_theirs(network):
+    """FedBN's global model has norms that nobody trained."""
+    made = federated.classification(network[0].apply, CLASSES)
+    members = population([8, 6])
+    state, _ = after(network, federated.fed_bn(made, optax.sgd(0.1)), members, rounds=3)
+    algorithm = federated.fed_bn(made, optax.sgd(0.1))
+    batch = {**{name: a[:8] for name, a in members.arrays.items()}, "mask": jnp.ones(8)}
+    found = federated.tested(algorithm, made, state, batch)
+    own = [jax.tree.map(lambda leaf, i=i: leaf[i], state.own) for i in range(2)]
+    each = [float(made.evaluate(algorithm.personal(state.server, one), batch)["loss"]) for one in own]
+    np.testing.assert_allclose(found["loss"], np.mean(each), rtol=1e-5)
+    assert abs(float(made.evaluate(state.server, batch)["loss"]) - np.mean(each)) > 1e-4

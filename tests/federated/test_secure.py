@@ -83,3 +83,9 @@ def test_values_beyond_the_bound_are_cut():
 def test_bounds_must_be_positive():
     with pytest.raises(ValueError, match="bound and total"):
         secure.secure(KEY, bound=0.0, total=1.0)
+
+
+def test_a_bound_on_the_weights_that_does_not_hold_is_refused():
+    hidden = federated.fed_avg(task(), optax.sgd(0.1), aggregate=secure.secure(KEY, bound=16.0, total=9.0))
+    with pytest.raises(ValueError, match="these add up to 10, more than 9"):
+        run(hidden, 1)

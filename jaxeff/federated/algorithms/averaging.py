@@ -190,8 +190,9 @@ def moon(
 
 
 def _cosine(a: jax.Array, b: jax.Array) -> jax.Array:
-    norms = jnp.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    return (a * b).sum(-1) / jnp.maximum(norms, 1e-8)
+    square = (a * a).sum(-1) * (b * b).sum(-1)
+    # A root has no derivative at 0, where a blank image may lie.
+    return (a * b).sum(-1) / jnp.sqrt(jnp.where(square > 1e-16, square, 1e-16))
 
 
 def _check_not_negative(name: str, value: float) -> None:

@@ -76,6 +76,7 @@ class Algorithm(NamedTuple):
       aggregate: how variables are combined.
       always: whether the server acts in rounds in which nobody is counted too; it stays as it was in them otherwise.
       wire: a leaf of the variables -> what a client sends in its place, for its shapes; None for the leaf itself.
+      from_old: whether clients may start from an old server, as stale stragglers do.
     """
 
     init: Callable[[Variables], Tree]
@@ -89,6 +90,7 @@ class Algorithm(NamedTuple):
     aggregate: Aggregate = mean()
     always: bool = False
     wire: Callable[[jax.Array], Tree] | None = None
+    from_old: bool = True
 
 
 class Drawn(NamedTuple):
@@ -102,8 +104,10 @@ def with_random_final(algorithm: Algorithm, final: Callable[[Tree, Tree, Tree, j
     """The algorithm with another `client_final`, one that draws random numbers: (local, server, own, key)."""
 
     def step(state, batch, key):
+        # Split before each level of wrapping, so that what is drawn here is of nobody else.
+        key, own = jax.random.split(key)
         inner, metrics = algorithm.client_step(state.inner, batch, key)
-        return Drawn(inner, jax.random.bits(jax.random.fold_in(key, 1), (2,))), metrics
+        return Drawn(inner, jax.random.bits(own, (2,))), metrics
 
     def last(state, server, own):
         return final(state.inner, server, own, jax.random.wrap_key_data(state.bits, impl="threefry2x32"))

@@ -17,7 +17,7 @@ def fed_bn(
     task: Task,
     optimizer: optax.GradientTransformation,
     *,
-    select: str | Callable[[str, Any], bool] = "*norm*",
+    select: str | Callable[[str, Any], bool] = "*[nN]orm*",
     aggregate: Aggregate | None = None,
 ) -> Algorithm:
     """FedBN (Li et al., ICLR 2021): norms stay with their clients, everything else is averaged.
