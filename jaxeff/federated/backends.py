@@ -4,6 +4,7 @@ Every backend adds up the terms of all members and hands back what they return b
 time and memory alone.
 
     loop     a compiled client after the other, called from Python
+    threads  a stream on each core, from a thread of Python each: for clients too small to keep several cores busy
     map      one program, a client after the other; all their variables are kept
     stream   one program, a client after the other; only sums are kept, so memory does not grow with the clients
     chunk    one program, some clients at a time under `vmap`
@@ -16,7 +17,9 @@ On CPU convolutional clients are fastest one after the other; on accelerators ma
 """
 
 import functools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -30,7 +33,9 @@ from jaxeff.federated.paired import add
 Tree = Any
 One = Callable[[Tree, Tree], tuple[Tree, Tree]]
 
-BACKENDS: tuple[str, ...] = ("loop", "map", "stream", "chunk", "vmap", "shard")
+BACKENDS: tuple[str, ...] = ("loop", "threads", "map", "stream", "chunk", "vmap", "shard")
+FROM_PYTHON: tuple[str, ...] = ("loop", "threads")
+"""Those that call compiled programs, and are none themselves."""
 ALIASES: dict[str, str] = {"pmap": "shard"}
 """Other words for them: `jax.pmap` itself has become what "shard" is."""
 AXIS = "clients"
@@ -51,7 +56,7 @@ def added_up(
     """Runs every member and adds up their terms.
 
     Args:
-      backend: one of `BACKENDS`; "loop" calls compiled functions, the others are to be traced.
+      backend: one of `BACKENDS`; those of `FROM_PYTHON` call compiled functions, the others are to be traced.
       one: (context, member) -> (terms, results).
       context: what all members see.
       members: leaves [M, ...].
@@ -66,6 +71,8 @@ def added_up(
     """
     if backend == "loop":
         return _loop(one, context, members, zero)
+    if backend == "threads":
+        return _threads(one, context, members, zero)
     if backend in ("map", "stream"):
         return _scan(one, context, members, zero)
     if backend == "vmap":
@@ -133,6 +140,42 @@ def _loop(one, context, members, zero):
         sums = _add(sums, terms)
         results.append(result)
     return sums, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def _threads(one, context, members, zero):
+    parts = _split(members, min(_cores(), len(jax.tree.leaves(members)[0])))
+    run = _compiled_scan(one)
+    return _gathered(list(_pool().map(lambda part: jax.block_until_ready(run(context, part, zero)), parts)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _split(members: Tree, number: int) -> list[Tree]:
+    """Members in parts of nearly one length."""
+    ends = np.linspace(0, len(jax.tree.leaves(members)[0]), number + 1).astype(int).tolist()
+    cut = lambda start, stop: jax.tree.map(lambda leaf: leaf[start:stop], members)
+    return [cut(*part) for part in zip(ends, ends[1:], strict=False)]
+
+
+@jax.jit
+def _gathered(parts: list[tuple[Tree, Tree]]) -> tuple[Tree, Tree]:
+    """The sums of all parts, each of which began with zero, and their results one after the other."""
+    sums, results = zip(*parts, strict=True)
+    return functools.reduce(add, sums), jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *results)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_cores(), thread_name_prefix="clients")
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled_scan(one: One) -> Any:
+    return jax.jit(lambda context, members, zero: _scan(one, context, members, zero))
 
 
 @functools.lru_cache(maxsize=32)

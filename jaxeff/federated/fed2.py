@@ -12,6 +12,7 @@ Letters: N clients, C classes, G groups, B batch.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -215,6 +216,8 @@ def aggregate(
 ) -> Aggregate:
     """Feature-paired averaging of a network in groups, for any algorithm of `jaxeff.federated.algorithms`.
 
+    Warns of groups that nobody owns: these stay as they begin.
+
     Args:
       grouped: of `adapt`.
       variables: of the `GroupedNetwork`, for their structure.
@@ -226,6 +229,13 @@ def aggregate(
       ValueError: for class counts that do not fit.
     """
     omega = group_weights(class_counts, grouped.class_to_group, grouped.groups, by)
+    if len(nobody := np.flatnonzero(omega.sum(0) == 0)):
+        classes = [c for c, group in enumerate(grouped.class_to_group) if group in nobody]
+        warnings.warn(
+            f"groups {', '.join(map(str, nobody))} stay as they begin, as nobody has examples of classes "
+            f"{', '.join(map(str, classes))}",
+            stacklevel=2,
+        )
     return paired(group_axes(variables), omega, shared_by)
 
 

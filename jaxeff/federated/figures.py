@@ -96,6 +96,7 @@ def draw_comparison(
         for index, several in enumerate(methods.values()):
             _curve(ax, index, several, 1)
         ax.set_xlim(left=0)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     drawing.legend(figure, [name.replace("_", " ") for name in next(iter(runs.values()))])
     return drawing.save(figure, pathlib.Path(path))

@@ -196,13 +196,13 @@ def federate(
         return finish(state, clients, plan, sums, results)
 
     tune = lambda state, clients: backend
-    if backend != "loop":
+    if backend not in backends.FROM_PYTHON:
         return Federation(init, jax.jit(whole, donate_argnums=0), algorithm, tune)
     begin_compiled, finish_compiled = jax.jit(begin), jax.jit(finish)
 
     def looped(state: State, clients: Clients) -> tuple[State, Report]:
         context, members, zero = begin_compiled(state, clients)
-        sums, results = backends.added_up("loop", one, context, members, zero, idle=None)
+        sums, results = backends.added_up(backend, one, context, members, zero, idle=None)
         return finish_compiled(state, clients, members[0], sums, results)
 
     return Federation(init, looped, algorithm, tune)
@@ -232,7 +232,8 @@ def as_method(federation: Federation, task: Task, init: Callable[[jax.Array], Tr
     what is not finite, is logged by its number ("first_rejected", -1 for none).
 
     Args:
-      federation: of `federate`, in any backend but "loop", which is no compiled program; "auto" must be tuned before.
+      federation: of `federate`, in any backend but "loop" and "threads", which are no compiled programs; "auto" must be
+        tuned before.
       task: what is learned, for the evaluation of the global model.
       init: key -> variables.
     """

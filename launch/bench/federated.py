@@ -147,7 +147,7 @@ def _add_scaled(total: Any, tree: Any, weight: float) -> Any:
 def round_mlp(pairs: int) -> Iterator[dict[str, Any]]:
     """A hundred clients of an MLP 784-64-10 with ten batches of ten."""
     problem = Problem(models.mlp((64,), input_shape=(784,)), 100, 100, 10)
-    yield from _round("round_mlp", problem, pairs, ("stream", "chunk", "vmap"), "stream", 0.25)
+    yield from _round("round_mlp", problem, pairs, ("threads", "stream", "chunk", "vmap"), "threads", 0.25)
 
 
 def round_cnn(pairs: int) -> Iterator[dict[str, Any]]:

@@ -228,3 +228,10 @@ def test_depthwise_layers_widen_with_those_before_them():
     assert shared % 10 == 0 and any(got > wanted for wanted, got in grouped.rounded.values())
     module = fed2.GroupedNetwork(grouped)
     assert jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def test_a_group_that_nobody_owns_is_named():
+    grouped = fed2.adapt(models.mlp((4,), input_shape=(3,), num_classes=3), "head", groups=3)
+    variables = jax.eval_shape(fed2.GroupedNetwork(grouped).init, jax.random.key(0), jnp.zeros((1, 3)))
+    with pytest.warns(UserWarning, match="groups 1 stay as they begin, as nobody has examples of classes 1"):
+        fed2.aggregate(grouped, variables, np.array([[4, 0, 0], [0, 0, 2]]))
