@@ -3,8 +3,9 @@
     JAXEFF_DATA=... python -m launch.federate --config=configs/federated/cifar10.py --workdir=runs/fed_cifar10
 
 Three seeds, 6,000 training images, networks of one width and as many epochs. About 20 minutes on two CPU cores; not
-timed on a GPU yet. Results are in the README. `:vgg9` is the heterogeneous setting of FedMA and Fed2: all images, sixteen clients, Dirichlet, VGG-9; it wants a
-GPU.
+timed on a GPU yet. Results are in the README.
+
+`:vgg9` is the heterogeneous setting of FedMA and Fed2: all images, sixteen clients, Dirichlet, VGG-9; it wants a GPU.
 """
 
 from ml_collections import ConfigDict

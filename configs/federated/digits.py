@@ -2,7 +2,8 @@
 
     python -m launch.federate --config=configs/federated/digits.py --workdir=runs/federated_digits
 
-About a minute on two CPU cores; not timed on a GPU yet.
+Half a minute on two CPU cores; not timed on a GPU yet. Fed2 ends at 96.7 %, FedAvg at 91.7 %, and Fed2 is as good as
+FedAvg at its best after 13 of the 30 rounds.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,8 @@
 
     python -m launch.federate --config=configs/federated/psi_net.py --workdir=runs/psi_net
 
-Half a minute on two CPU cores; not timed on a GPU yet. Psi-Net ends behind, with a seventh of the parameters.
+Half a minute on two CPU cores; not timed on a GPU yet. Psi-Net ends behind (62.5 against 93.3 % with
+two classes a client, 90.8 against 98.1 % with clients alike), with a ninth of the parameters.
 """
 
 from ml_collections import ConfigDict
