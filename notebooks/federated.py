@@ -36,7 +36,7 @@ if importlib.util.find_spec("jaxeff") is None:
 import jax
 import jax.numpy as jnp
 import optax
-from IPython.display import Image
+from IPython.display import Image, display
 
 from jaxeff import data, federated, models, training
 from jaxeff.federated import fed2, figures
@@ -53,7 +53,7 @@ ROUNDS = 6 if FAST else 30
 # %%
 train, test = data.load("digits", "train"), data.load("digits", "test")
 parts = federated.by_classes(train.arrays["label"], 10, classes_per_client=2, seed=0)
-Image(figures.draw_partition(parts, FIGURES / "partition.png"), width=560)
+display(Image(figures.draw_partition(parts, FIGURES / "partition.png"), width=560))
 
 # %% [markdown]
 # ## Two networks of one width
@@ -128,7 +128,7 @@ titles = {
     f"{name}: units agree between clients in {100 * same[name]:.0f} %": [federated.primary_classes(p) for p in several]
     for name, several in preferences.items()
 }
-Image(figures.draw_features(titles, FIGURES / "features.png"), width=760)
+display(Image(figures.draw_features(titles, FIGURES / "features.png"), width=760))
 
 # %% [markdown]
 # ## Rounds to an accuracy
@@ -136,7 +136,7 @@ Image(figures.draw_features(titles, FIGURES / "features.png"), width=760)
 # %%
 size = {name: 2 * 10 * sum(leaf.nbytes for leaf in jax.tree.leaves(learned[name][1])) for name in networks}
 curves = {name: [{"accuracy": learned[name][2], "bytes_per_round": size[name]}] for name in networks}
-Image(figures.draw_rounds(curves, 2, FIGURES / "rounds.png"), width=900)
+display(Image(figures.draw_rounds(curves, 2, FIGURES / "rounds.png"), width=900))
 
 # %% [markdown]
 # ## Networks that learned apart

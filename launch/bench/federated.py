@@ -24,6 +24,7 @@ from jaxeff import federated, models, ops, spec, training
 from jaxeff.ops import gathered_conv, grouped
 from launch.bench import results, suite
 from launch.bench.matching import matching
+from launch.bench.network import network
 from launch.bench.timing import contest
 
 RATE = 0.1
@@ -282,6 +283,7 @@ CASES = {
     "fed2_layer": fed2_layer,
     "memory": memory,
     "matching": matching,
+    "network": network,
     "gpu_round": gpu_round,
     "gpu_memory": gpu_memory,
 }
