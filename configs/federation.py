@@ -75,7 +75,8 @@ def method(
       by: weights of a group's owners: "class_counts", "uniform" or "size".
       psi_net: Psi-Net's groups in the place of Fed2's.
       options: of the algorithm, such as {"mu": 0.01}.
-      robust: {"rule": "median", "trimmed_mean", "krum" or "bulyan"}, with "share" or "byzantine", and "clip".
+      robust: {"rule": "median", "trimmed_mean", "krum" or "bulyan"}, with "share" or "byzantine", "clip", and for
+        MultiKrum "select".
       compression: {"bits": 8} and, or, {"share": 0.01} of the largest numbers; "feedback".
       privacy: {"kind": "central" or "local"}, with "clip", "noise", and for the norm that is found "quantile".
       **architecture: options of the model.
@@ -85,7 +86,7 @@ def method(
     section.groups = ConfigDict({"number": groups, "mode": mode, "entry": entry, "by": by, "psi_net": psi_net})
     section.groups.first = config_dict.placeholder(str)
     section.groups.first = first
-    section.robust = _changed({"rule": "", "byzantine": 0, "share": 0.1, "clip": 0.0}, robust)
+    section.robust = _changed({"rule": "", "byzantine": 0, "select": 1, "share": 0.1, "clip": 0.0}, robust)
     section.compression = _changed({"bits": 0, "share": 0.0, "feedback": True}, compression)
     section.privacy = _changed({"kind": "", "clip": 1.0, "noise": 1.0, "quantile": 0.0, "delta": 1e-5}, privacy)
     return section

@@ -244,11 +244,11 @@ def aggregate_of(section: Mapping[str, Any], method: Prepared, variables: Any, d
             return aggregates.mean(by)
         weights = "uniform" if by == "uniform" else section["groups"]["by"]
         return fed2.aggregate(grouped, variables, counts, by=weights, shared_by=by)
-    bad, share = robust["byzantine"], robust["share"]
+    bad, select, share = robust["byzantine"], robust["select"], robust["share"]
     rules: dict[str, tuple[Any, int]] = {
         "median": (federated.robust.median, 1),
         "trimmed_mean": (lambda stacked, counted: federated.robust.trimmed_mean(stacked, counted, share), 1),
-        "krum": (lambda stacked, counted: federated.robust.krum(stacked, counted, bad), 2 * bad + 3),
+        "krum": (lambda stacked, counted: federated.robust.krum(stacked, counted, bad, select=select), 2 * bad + 3),
         "bulyan": (lambda stacked, counted: federated.robust.bulyan(stacked, counted, bad), 4 * bad + 3),
     }
     rule, least = rules[robust["rule"]]

@@ -47,7 +47,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxeff import training
+from jaxeff import federated, training
 from jaxeff.federated import figures, flower
 from jaxeff.federated.records import FINGERPRINT, need_flwr
 from jaxeff.training.metrics import FILE_NAME as METRICS
@@ -290,7 +290,7 @@ def summarised(directory: pathlib.Path, made: Experiment, settings: Mapping[str,
         "params": made.prepared.report.total.params,
     }
     names = made.train.info.class_names or None
-    traffic = int(made.traffic.up.sum() + made.traffic.down.sum())
+    traffic = federated.expected_bytes(made.traffic, federated.Participation(**config["participation"]))
     figures.draw_partition(made.dealt, directory / FIGURES / "partition.png", names)
     runs = {method: [{"accuracy": curve, "bytes_per_round": traffic}]}
     figures.draw_rounds(runs, config["epochs"], directory / FIGURES / "rounds.png")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxeff import trees
 from jaxeff.federated.algorithms.base import Algorithm, with_random_final
 from jaxeff.federated.privacy import Private
 
@@ -128,7 +129,7 @@ def compressed(algorithm: Algorithm, codec: Codec, *, feedback: bool = True) -> 
         missed = jax.tree.leaves(lost) if feedback else [jnp.zeros(())] * len(leaves)
         sent, rest = [], []
         for number, (new, old, more) in enumerate(zip(leaves, before, missed, strict=True)):
-            if not jnp.issubdtype(new.dtype, jnp.inexact):
+            if not trees.is_inexact(new):
                 sent.append(new)
                 rest.append(more)
                 continue
@@ -141,7 +142,7 @@ def compressed(algorithm: Algorithm, codec: Codec, *, feedback: bool = True) -> 
         return upload._replace(variables=jax.tree.unflatten(structure, sent)), (mine, lost)
 
     def wire(leaf):
-        return codec.encode(jax.random.key(0), leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+        return codec.encode(jax.random.key(0), leaf) if trees.is_inexact(leaf) else leaf
 
     made = algorithm._replace(
         own_init=lambda variables: (algorithm.own_init(variables), zeros(variables) if feedback else ()),
@@ -154,7 +155,7 @@ def compressed(algorithm: Algorithm, codec: Codec, *, feedback: bool = True) -> 
 
 def loss_of(codec: Codec, key: jax.Array, tree: Tree) -> jax.Array:
     """Share of the squared norm of a tree that a codec loses: 0 for none."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if trees.is_inexact(leaf)]
     keys = jax.random.split(key, max(1, len(leaves)))
     back = [codec.decode(codec.encode(k, leaf), leaf.shape) for k, leaf in zip(keys, leaves, strict=False)]
     lost = optax.tree.norm(optax.tree.sub(back, leaves), squared=True)

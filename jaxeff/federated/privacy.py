@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxeff import trees
 from jaxeff.federated.algorithms.base import Algorithm, with_random_final
 from jaxeff.federated.participation import Participation
 
@@ -294,7 +295,7 @@ def _noises(target: Quantile, noise: float, expected: float) -> tuple[float, flo
 
 
 def _variables_only(upload):
-    inexact = [leaf for leaf in jax.tree.leaves(upload.variables) if _inexact(leaf)]
+    inexact = [leaf for leaf in jax.tree.leaves(upload.variables) if trees.is_inexact(leaf)]
     if narrow := {leaf.dtype.name for leaf in inexact if _wide(leaf).dtype != leaf.dtype}:
         raise ValueError(
             f"privacy needs float32 variables, got {', '.join(sorted(narrow))}: rounding would undo the clipping. Keep "
@@ -311,31 +312,27 @@ def _variables_only(upload):
 def _clipped(variables: Tree, start: Tree, norm: jax.Array) -> tuple[Tree, jax.Array]:
     """Variables at most `norm` from where they started, integers where they were; and whether they were that near."""
     change = jax.tree.map(
-        lambda new, old: _wide(new) - _wide(old) if _inexact(new) else jnp.zeros(()), variables, start
+        lambda new, old: _wide(new) - _wide(old) if trees.is_inexact(new) else jnp.zeros(()), variables, start
     )
     length = optax.tree.norm(change)
     scale = jnp.minimum(1.0, norm / jnp.maximum(length, 1e-30))
-    near = lambda old, by: (_wide(old) + scale * by).astype(old.dtype) if _inexact(old) else old
+    near = lambda old, by: (_wide(old) + scale * by).astype(old.dtype) if trees.is_inexact(old) else old
     return jax.tree.map(near, start, change), (length <= norm).astype(jnp.float32)
 
 
 def _gaussian(key: jax.Array, like: Tree, scale: Any) -> Tree:
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, max(1, len(leaves)))
-    draw = lambda k, leaf: scale * jax.random.normal(k, leaf.shape) if _inexact(leaf) else leaf
+    draw = lambda k, leaf: scale * jax.random.normal(k, leaf.shape) if trees.is_inexact(leaf) else leaf
     return jax.tree.unflatten(structure, [draw(k, leaf) for k, leaf in zip(keys, leaves, strict=False)])
 
 
 def _plus(value: jax.Array, noise: jax.Array) -> jax.Array:
-    return (value + noise).astype(value.dtype) if _inexact(value) else value
+    return (value + noise).astype(value.dtype) if trees.is_inexact(value) else value
 
 
 def _wide(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-
-
-def _inexact(leaf: jax.Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _check(name: str, value: float) -> None:

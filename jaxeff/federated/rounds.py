@@ -337,7 +337,7 @@ def _client(
         moved = lambda leaf, now, before: leaf + (now - before) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
         current, base = algorithm.variables(context.server), algorithm.variables(server)
         upload = upload._replace(variables=jax.tree.map(moved, upload.variables, current, base))
-    finite = trees.all_finite(upload) & _within_limit(upload)
+    finite = trees.all_finite(upload, LIMIT)
     counted = plan.reports & finite & (total > 0)
     weight = counted.astype(jnp.float32)
     aggregate = algorithm.aggregate
@@ -358,11 +358,6 @@ def _client(
     kept = (upload.variables, about) if keep else ()
     remembered = jax.tree.map(lambda now, before: jnp.where(counted, now, before), new, own)
     return sums, _Result(remembered, total, counted, finite, kept)
-
-
-def _within_limit(tree: Tree) -> jax.Array:
-    inexact = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.array([(jnp.abs(leaf) <= LIMIT).all() for leaf in inexact], dtype=bool))
 
 
 def _metrics_of(algorithm, clients, number, batch_size, key, local):

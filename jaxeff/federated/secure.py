@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxeff import trees
 from jaxeff.federated.aggregates import Aggregate, Member, paired
 from jaxeff.federated.paired import empty, result, term
 
@@ -142,23 +143,27 @@ def secure(
         shares = (groups / total, plain.weight(members) / total)
 
         def one(variables, of_groups, weight):
-            cut = jax.tree.map(lambda leaf: jnp.clip(leaf, -bound, bound) if _inexact(leaf) else leaf, variables)
+            cut = jax.tree.map(
+                lambda leaf: jnp.clip(leaf, -bound, bound) if trees.is_inexact(leaf) else leaf, variables
+            )
             sums = term(cut, axes, of_groups, weight)
             scale = {"omega": WHOLE, "weight": WHOLE, "sums": WHOLE / bound}
-            whole = lambda name, leaf: _whole(leaf, scale[name]) if _inexact(leaf) else jnp.zeros((), jnp.uint32)
+            whole = lambda name, leaf: (
+                _whole(leaf, scale[name]) if trees.is_inexact(leaf) else jnp.zeros((), jnp.uint32)
+            )
             return {name: jax.tree.map(lambda leaf, name=name: whole(name, leaf), part) for name, part in sums.items()}
 
         values = jax.vmap(one)(stacked, *shares)
         masks = jax.random.fold_in(key, members.round[0])
         got = receive(send(values, masks), members.counted > 0)
         zero = empty(previous, axes, owned.shape[1])
-        real = lambda leaf, like, scale: _signed(leaf) / scale if _inexact(like) else like
+        real = lambda leaf, like, scale: _signed(leaf) / scale if trees.is_inexact(like) else like
         sums = {
             name: jax.tree.map(lambda leaf, like, by=by: real(leaf, like, by), got[name], zero[name])
             for name, by in (("omega", WHOLE), ("weight", WHOLE), ("sums", WHOLE / bound))
         }
         found = result(sums, axes, previous)
-        return jax.tree.map(lambda new, old: new if _inexact(old) else old, found, previous)
+        return jax.tree.map(lambda new, old: new if trees.is_inexact(old) else old, found, previous)
 
     def check(sizes):
         plain.check(sizes)
@@ -176,7 +181,3 @@ def _whole(leaf: jax.Array, scale: float) -> jax.Array:
 
 def _signed(leaf: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(leaf, jnp.int32).astype(jnp.float32)
-
-
-def _inexact(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)

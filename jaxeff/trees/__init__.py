@@ -9,7 +9,16 @@ What optax has is not repeated here. From ``optax.tree`` take ``add``, ``sub``, 
 ``structure``.
 """
 
-from jaxeff.trees.leaves import all_finite, first_mismatch, flatten_names, nbytes, paths, size, unflatten_names
+from jaxeff.trees.leaves import (
+    all_finite,
+    first_mismatch,
+    flatten_names,
+    is_inexact,
+    nbytes,
+    paths,
+    size,
+    unflatten_names,
+)
 from jaxeff.trees.parts import labels, map_named, merge, partition, select
 from jaxeff.trees.stacked import stack, take, unstack, weighted_mean, weighted_sum
 
@@ -17,6 +26,7 @@ __all__ = [
     "all_finite",
     "first_mismatch",
     "flatten_names",
+    "is_inexact",
     "labels",
     "map_named",
     "merge",

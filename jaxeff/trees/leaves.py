@@ -103,17 +103,24 @@ def nbytes(tree: Tree) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def all_finite(tree: Tree) -> jax.Array:
-    """Whether no leaf holds NaN or an infinity.
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf, or its shape, is of floating-point or complex numbers."""
+    return jnp.issubdtype(shaped(leaf).dtype, jnp.inexact)
+
+
+def all_finite(tree: Tree, limit: float | None = None) -> jax.Array:
+    """Whether no leaf holds NaN or an infinity, nor anything larger than a limit.
 
     Args:
       tree: leaves of any dtype; integers, booleans and random keys are always finite.
+      limit: of the size of every number; None for any that is finite.
 
     Returns:
       Boolean scalar array; true for a tree without leaves.
     """
-    inexact = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(shaped(leaf).dtype, jnp.inexact)]
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in inexact], dtype=bool))
+    fits = jnp.isfinite if limit is None else lambda leaf: jnp.abs(leaf) <= limit
+    inexact = filter(is_inexact, jax.tree.leaves(tree))
+    return jnp.all(jnp.array([jnp.all(fits(leaf)) for leaf in inexact], dtype=bool))
 
 
 def first_mismatch(a: Tree, b: Tree, names: tuple[str, str] = ("the first", "the second")) -> str | None:

@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 
 from jaxeff import federated, models, quadratic, spec
 from jaxeff.federated.activation_matching import activation_match, activations
+from tests.federated.networks import Grouped
 
 X = jax.random.normal(jax.random.key(4), (16, 8, 8, 3))
 
@@ -107,13 +108,6 @@ def test_positions_are_rows_and_flattened_maps_keep_their_units():
 
 def test_what_may_be_permuted_besides_is_averaged_over():
     """Channels within groups do not depend on the order of the groups."""
-
-    class Grouped(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.relu(nn.GroupNorm(3)(nn.Conv(12, (1, 1), name="first")(x)))
-            x = nn.relu(nn.Conv(6, (3, 3), feature_group_count=3, name="grouped")(x))
-            return nn.Conv(4, (1, 1), name="last")(x).mean((1, 2))
 
     variables = disturbed(Grouped())
     found = federated.derive(Grouped().apply, variables, X)

@@ -9,6 +9,7 @@ import pytest
 from jaxeff import federated, models, quadratic, spec
 from jaxeff.federated import permutation
 from jaxeff.federated.permutation import Fixed, Free, Product, Sum
+from tests.federated.networks import Grouped
 
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 
@@ -86,13 +87,6 @@ def test_a_quadratic_network_has_those_of_its_factors():
 
 
 def test_groups_change_places_and_channels_within_all_of_them_alike():
-    class Grouped(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.relu(nn.GroupNorm(3)(nn.Conv(12, (1, 1), name="first")(x)))
-            x = nn.relu(nn.Conv(6, (3, 3), feature_group_count=3, name="grouped")(x))
-            return nn.Conv(4, (1, 1), name="last")(x).mean((1, 2))
-
     found = checked(Grouped().apply, started(Grouped()), X)
     kernel = found.axes["params/grouped/kernel"]
     (first,) = found.axes["params/GroupNorm_0/scale"]
