@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 
 from jaxeff import federated, models, quadratic, spec
 from jaxeff.federated.activation_matching import activation_match, activations
-from tests.federated.networks import Grouped
+from tests.federated.networks import Grouped, disturbed, permuted
 
 X = jax.random.normal(jax.random.key(4), (16, 8, 8, 3))
 
@@ -23,15 +23,13 @@ def network(name):
         "vgg9": lambda: models.vgg9(input_shape=(8, 8, 3), width=0.1),
         "resnet8": lambda: models.resnet(8, width=0.25, input_shape=(8, 8, 3)),
         "resnet20": lambda: models.resnet(20, width=0.25, input_shape=(8, 8, 3)),
-        "mobilenet": lambda: models.mobilenet(width=0.125, input_shape=(8, 8, 3)),
+        "mobilenet": lambda: models.mobilenet(((8, 1), (12, 2), (16, 1)), width=1.0, input_shape=(8, 8, 3)),
     }
     return models.Network(architectures[name]())
 
 
-def disturbed(module, x=X):
-    variables = jax.jit(module.init)(jax.random.key(0), x)
-    keys = iter(jax.random.split(jax.random.key(1), 300))
-    return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), variables)
+def started(module, x=X):
+    return disturbed(jax.jit(module.init)(jax.random.key(0), x))
 
 
 @pytest.mark.parametrize("measure", ["products", "correlation"])
@@ -46,10 +44,10 @@ def disturbed(module, x=X):
 )
 def test_permuted_copies_are_put_back(name, measure):
     module = network(name)
-    variables = disturbed(module)
+    variables = started(module)
     found = federated.derive(module.apply, variables, X)
     planted = federated.random_perms(found, jax.random.key(2))
-    copy = federated.permute(found, variables, planted)
+    copy = permuted(found, variables, planted)
     match = jax.jit(lambda a, b, x: activation_match(found, module.apply, a, b, x, measure=measure))
     back = match(variables, copy, X)
     for part, perm in planted.items():
@@ -97,7 +95,7 @@ def test_positions_are_rows_and_flattened_maps_keep_their_units():
         def __call__(self, x):
             return nn.Dense(5)(nn.Conv(4, (3, 3), name="conv")(x).reshape(len(x), -1))
 
-    variables = disturbed(Flat())
+    variables = started(Flat())
     found = federated.derive(Flat().apply, variables, X)
     made, read = (activations(found, Flat().apply, variables, X, values=values) for values in ("made", "read"))
     ((before,),), ((after,),) = made.values(), read.values()
@@ -109,7 +107,7 @@ def test_positions_are_rows_and_flattened_maps_keep_their_units():
 def test_what_may_be_permuted_besides_is_averaged_over():
     """Channels within groups do not depend on the order of the groups."""
 
-    variables = disturbed(Grouped())
+    variables = started(Grouped())
     found = federated.derive(Grouped().apply, variables, X)
     planted = federated.random_perms(found, jax.random.key(1))
     copy = federated.permute(found, variables, planted)

@@ -10,6 +10,7 @@ from scipy.optimize import linprog
 
 from jaxeff import federated, models, quadratic, spec
 from jaxeff.federated import fusion
+from tests.federated.networks import positive
 
 X = jax.random.normal(jax.random.key(4), (4, 8, 8, 3))
 
@@ -17,8 +18,7 @@ X = jax.random.normal(jax.random.key(4), (4, 8, 8, 3))
 def started(module, seed=0, x=X):
     """Variables of which no two units are alike, and no variance is negative."""
     variables = jax.jit(module.init)(jax.random.key(seed), x)
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 300))
-    return jax.tree.map(lambda leaf: jnp.abs(leaf) + 0.1 * jax.random.uniform(next(keys), leaf.shape), variables)
+    return positive(variables, 0.1, seed + 1)
 
 
 def mlp(*widths):
@@ -73,7 +73,7 @@ def test_other_widths_and_back_leave_a_network_what_it_was(name):
     small, large = fusion.layers(narrow.apply, params, X), fusion.layers(wide.apply, other, X)
     up = jax.jit(lambda a, b: fusion.transport(small, large, a, b))(params, other)
     assert jax.tree.map(jnp.shape, up) == jax.tree.map(jnp.shape, other)
-    np.testing.assert_allclose(wide.apply(up, X), narrow.apply(params, X), rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(wide.apply)(up, X), jax.jit(narrow.apply)(params, X), rtol=1e-4)
     back = jax.jit(lambda a, b: fusion.transport(large, small, a, b))(up, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), back, params)
 
@@ -88,7 +88,8 @@ def test_of_equal_widths_it_is_matching_and_averaging():
         noise = jax.tree.map(lambda leaf, s=seed: 0.01 * jax.random.normal(jax.random.key(s), leaf.shape), first)
         moved = federated.permute(found, first, federated.random_perms(found, jax.random.key(seed)))
         trees.append(jax.tree.map(jnp.add, moved, noise))
-    matched = [federated.permute(found, tree, federated.weight_match(found, first, tree)) for tree in trees]
+    match = jax.jit(lambda tree: federated.permute(found, tree, federated.weight_match(found, first, tree)))
+    matched = list(map(match, trees))
     weights = np.array([1.0, 2.0, 5.0])
     expected = jax.tree.map(lambda *leaves: np.tensordot(weights / 8, np.stack(leaves), 1), *matched)
     fused = fusion.fuse([seen] * 3, trees, weights=weights)

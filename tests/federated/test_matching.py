@@ -10,6 +10,7 @@ import pytest
 from jaxeff import federated, models, quadratic, spec
 from jaxeff.federated import fed2, symmetry
 from jaxeff.federated.matching import weight_match
+from tests.federated.networks import disturbed, permuted
 
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 
@@ -32,12 +33,6 @@ def network(name):
     return models.Network(models.architecture(kind, num_classes=4, input_shape=(8, 8, 3), **options))
 
 
-def disturbed(variables, by=0.1, seed=1):
-    """Variables of which no two units are alike."""
-    keys = iter(jax.random.split(jax.random.key(seed), 300))
-    return jax.tree.map(lambda leaf: leaf + by * jax.random.normal(next(keys), leaf.shape), variables)
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -52,9 +47,9 @@ def test_permuted_copies_are_put_back(name):
     module = network(name)
     variables = disturbed(jax.jit(module.init)(jax.random.key(0), X))
     found = federated.derive(module.apply, variables, X)
-    copy = federated.permute(found, variables, federated.random_perms(found, jax.random.key(2)))
+    copy = permuted(found, variables, federated.random_perms(found, jax.random.key(2)))
     perms = jax.jit(lambda a, b: federated.weight_match(found, a, b))(variables, copy)
-    jax.tree.map(np.testing.assert_array_equal, federated.permute(found, copy, perms), variables)
+    jax.tree.map(np.testing.assert_array_equal, permuted(found, copy, perms), variables)
 
 
 MAP = (0, 2, 1, 0, 2, 2)  # neither in order nor of one size

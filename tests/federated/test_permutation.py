@@ -9,7 +9,7 @@ import pytest
 from jaxeff import federated, models, quadratic, spec
 from jaxeff.federated import permutation
 from jaxeff.federated.permutation import Fixed, Free, Product, Sum
-from tests.federated.networks import Grouped
+from tests.federated.networks import Grouped, positive
 
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 
@@ -17,8 +17,7 @@ X = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 def started(module, x=X):
     """Variables of which no two units are alike, and no variance is negative."""
     variables = jax.jit(module.init)(jax.random.key(0), x)
-    keys = iter(jax.random.split(jax.random.key(1), 200))
-    return jax.tree.map(lambda leaf: jnp.abs(leaf) + jax.random.uniform(next(keys), leaf.shape), variables)
+    return positive(variables)
 
 
 def checked(apply, params, *inputs):
