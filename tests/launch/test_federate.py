@@ -76,10 +76,11 @@ def test_every_algorithm_runs_from_a_config(algorithm, tmp_path):
 def test_what_clients_send_is_robust_compressed_and_private(tmp_path):
     pytest.importorskip("dp_accounting")
     small = {"widths": (2, 10), "norm": "group"}
+    dense = {"hidden": (8,)}
     config = tiny(clients=5)
     config.methods = {
         "median": method("cnn", groups=5, first="conv2", robust={"rule": "median", "clip": 1.0}, **small),
-        "compressed": method("cnn", compression={"bits": 4, "share": 0.1}, **small),
+        "compressed": method("mlp", compression={"bits": 4, "share": 0.1}, **dense),
         "private": method(
             "cnn",
             groups=5,
@@ -87,8 +88,8 @@ def test_what_clients_send_is_robust_compressed_and_private(tmp_path):
             privacy={"kind": "central", "clip": 0.5, "noise": 2.0, "quantile": 0.5},
             **small,
         ),
-        "noisy": method("cnn", privacy={"kind": "local", "noise": 4.0}, **small),
-        "plain": method("cnn", **small),
+        "noisy": method("mlp", privacy={"kind": "local", "noise": 4.0}, **dense),
+        "plain": method("mlp", **dense),
     }
     rows = {row["method"]: row for row in federate.run(config.lock(), str(tmp_path))["results"]}
     assert rows["compressed"]["bytes_per_round"] < 0.7 * rows["plain"]["bytes_per_round"]
