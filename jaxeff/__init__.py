@@ -12,7 +12,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("compat", "costs", "data", "models", "ops", "parallel", "quadratic", "spec", "training", "trees")
+_ROOMS = (
+    *("compat", "costs", "data", "dynamic", "federated", "models", "ops", "parallel", "quadratic", "spec", "training"),
+    "trees",
+)
 
 __all__ = ["__version__", *_ROOMS]
 

@@ -64,6 +64,18 @@ def reason(source: pathlib.Path, *symbols: str) -> str | None:
     return _switched_off() or _undivided() or _register(source, symbols)
 
 
+def load(source: pathlib.Path) -> ctypes.CDLL:
+    """The library of a C++ file, for code of the host that calls it by ctypes, outside every program of XLA's.
+
+    Raises:
+      UnavailableError: under `off` or JAXEFF_NATIVE=0, or if nothing compiles or the result does not load.
+    """
+    library = _switched_off() or _load(source)
+    if isinstance(library, str):
+        raise UnavailableError(library)
+    return library
+
+
 def compiled(source: pathlib.Path) -> bool:
     """Whether `register` takes no time, as the library of a file is made or even loaded already."""
     if _switched_off():
@@ -95,6 +107,20 @@ def _undivided() -> str | None:
 
 @functools.cache
 def _register(source: pathlib.Path, symbols: tuple[str, ...]) -> str | None:
+    library = _load(source)
+    if isinstance(library, str):
+        return library
+    try:
+        for symbol in symbols:
+            jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    except (RuntimeError, AttributeError) as error:
+        return _not_loaded(source, error)
+    return None
+
+
+@functools.cache
+def _load(source: pathlib.Path) -> ctypes.CDLL | str:
+    """The library, or why there is none."""
     try:
         path = _library(source)
         if not path.exists() and (failure := _compile(source, path)):
@@ -105,12 +131,14 @@ def _register(source: pathlib.Path, symbols: tuple[str, ...]) -> str | None:
             if failure := _compile(source, path):
                 return failure
             library = ctypes.CDLL(str(path))
-        for symbol in symbols:
-            jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
-    except (OSError, RuntimeError, AttributeError) as error:
-        return f"the library of {source.name} cannot be made or loaded: {error}; set JAXEFF_CACHE_DIR to another folder"
-    _LOADED.add(source)
-    return None
+        _LOADED.add(source)
+        return library
+    except (OSError, RuntimeError) as error:
+        return _not_loaded(source, error)
+
+
+def _not_loaded(source: pathlib.Path, error: Exception) -> str:
+    return f"the library of {source.name} cannot be made or loaded: {error}; set JAXEFF_CACHE_DIR to another folder"
 
 
 def _compile(source: pathlib.Path, path: pathlib.Path) -> str | None:

@@ -45,7 +45,7 @@ def test_a_file_is_compiled_once_and_called(source, monkeypatch):
     np.testing.assert_array_equal(twice(jnp.arange(3.0)), [0, 2, 4])
     # Another process finds what this one made, and needs no compiler.
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    assert native._register.__wrapped__(source, ("TwiceInATest",)) is None
+    assert native._load.__wrapped__(source)["TwiceInATest"]
     # What is loaded stays, whichever folder is named later.
     monkeypatch.setenv("JAXEFF_CACHE_DIR", str(source.parent / "other"))
     assert native.compiled(source) and native.reason(source, "TwiceInATest") is None
@@ -112,6 +112,16 @@ def test_a_cache_that_cannot_be_had_is_no_error_for_who_does_not_need_it(source,
 def test_programs_of_several_devices_are_left_whole(source, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     assert "XLA does not divide compiled code over 8 devices" in native.reason(source, "TwiceInATest")
+
+
+@needs_compiler
+def test_code_of_the_host_is_called_without_xla(tmp_path, monkeypatch):
+    (path := tmp_path / "plain.cc").write_text('extern "C" int PlainInATest(int x) { return 2 * x; }')
+    assert native.load(path).PlainInATest(21) == 42
+    monkeypatch.setattr(jax, "device_count", lambda: 8)  # which matters to programs of XLA's alone
+    assert native.load(path).PlainInATest(4) == 8
+    with native.off(), pytest.raises(native.UnavailableError, match="switched off"):
+        native.load(path)
 
 
 def test_it_can_be_switched_off(source, monkeypatch):
