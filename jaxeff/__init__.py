@@ -13,8 +13,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = (
-    *("compat", "costs", "data", "dynamic", "federated", "models", "ops", "parallel", "quadratic", "spec", "training"),
-    "trees",
+    *("compat", "costs", "data", "dlrm", "dynamic", "federated", "models", "ops", "parallel", "quadratic", "sdm"),
+    *("spec", "training", "trees"),
 )
 
 __all__ = ["__version__", *_ROOMS]

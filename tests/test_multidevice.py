@@ -11,7 +11,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("room", ["federated", "launch", "parallel", "quadratic", "training"])
+@pytest.mark.parametrize("room", ["federated", "launch", "parallel", "quadratic", "sdm", "training"])
 def test_eight_forced_host_devices(room):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
     done = subprocess.run(

@@ -42,5 +42,5 @@ def test_every_room_imports_without_the_extras():
 def test_rooms_are_attributes_and_anything_else_is_a_clear_error():
     assert jaxeff.ops.conv_general_dilated is not None
     assert set(jaxeff.__all__) <= set(dir(jaxeff))
-    with pytest.raises(AttributeError, match="its rooms are: compat, costs, data, dynamic, federated"):
+    with pytest.raises(AttributeError, match="its rooms are: compat, costs, data, dlrm, dynamic, federated"):
         jaxeff.nothing_of_this_name  # noqa: B018

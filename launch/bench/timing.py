@@ -43,11 +43,11 @@ class Times:
 
     def ratio(self, ours: str, theirs: str) -> Ratio:
         """Median of the pairwise ratios ours / theirs of the wall time."""
-        return _pairwise(self.wall[ours], self.wall[theirs])
+        return pairwise(self.wall[ours], self.wall[theirs])
 
     def cpu_ratio(self, ours: str, theirs: str) -> Ratio:
         """The same of the process CPU time, all threads together: what the wall time bought with more cores costs."""
-        return _pairwise(self.cpu[ours], self.cpu[theirs])
+        return pairwise(self.cpu[ours], self.cpu[theirs])
 
 
 def contest(
@@ -106,7 +106,8 @@ def compile_seconds(function: Callable[..., Any], *args: Any) -> tuple[Any, floa
         jax.config.update("jax_enable_compilation_cache", cached)
 
 
-def _pairwise(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+def pairwise(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """Median and quartiles of the ratios ours / theirs of measurements that were taken in turn."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     if len(ratios) < 2:
         return Ratio(ratios[0], ratios[0], ratios[0], 1)

@@ -1,0 +1,131 @@
+"""What a look-up is at each of its steps: planned, staged, counted.
+
+Letters: G bags, N row look-ups, U distinct rows, V bags whose vectors are ready.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from jaxeff.sdm import pooling
+from jaxeff.sdm.queries import Query
+from jaxeff.sdm.staging import Ring
+
+
+@dataclasses.dataclass
+class Counters:
+    """What look-ups took since the tiers were opened, or in one query.
+
+    Attributes:
+      queries: number of queries.
+      lookups: rows asked for, of all tables.
+      unique: distinct rows asked of tables that are not in memory.
+      hits: of these, those found in the cache.
+      reads: of these, those read from files.
+      requests: reads that the device was asked for; neighbouring rows share one.
+      bytes: that these brought.
+      blocks: distinct blocks among them.
+      bags: bags of tables that are not in memory.
+      pooled_hits: of these, those whose vector was found.
+      avoided: look-ups that these would have made.
+    """
+
+    queries: int = 0
+    lookups: int = 0
+    unique: int = 0
+    hits: int = 0
+    reads: int = 0
+    requests: int = 0
+    bytes: int = 0
+    blocks: int = 0
+    bags: int = 0
+    pooled_hits: int = 0
+    avoided: int = 0
+
+    def add(self, other: "Counters") -> None:
+        """Adds what another counter has."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def since(self, before: "Counters") -> "Counters":
+        """What was counted after a copy of this counter, by `dataclasses.replace`, was made."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        return Counters(**{name: getattr(self, name) - getattr(before, name) for name in fields})
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of distinct rows that the cache had; 0 before the first."""
+        return self.hits / self.unique if self.unique else 0.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Needed:
+    """Rows that bags need of tables that are not in memory and whose rows have one format.
+
+    Attributes:
+      keys: uint64 [U], the distinct rows.
+      tables: int32 [U], of each.
+      rows: int64 [U], positions in the file of its table.
+      inverse: int64 [N], the distinct row of each look-up, U for one that was pruned.
+      asked: the bags.
+    """
+
+    keys: np.ndarray
+    tables: np.ndarray
+    rows: np.ndarray
+    inverse: np.ndarray
+    asked: Query
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What a query needs, found without touching a cache of rows; made by `Tiers.plan`.
+
+    Attributes:
+      asked: the query, validated.
+      counters: of this query, as far as they are known.
+      order: int32 [G], where the vector of each bag is: those of `memory` one after another, then of `needed`, and
+        then `vectors`.
+      memory: by number of the format, bags of tables in memory.
+      needed: by number of the format, bags of other tables.
+      vectors: float32 [V, D], of bags that were found whole; None without a cache of vectors.
+      pooled_keys: uint64 [G, 2], by which it knows bags; None without it.
+    """
+
+    asked: Query
+    counters: Counters
+    order: np.ndarray
+    memory: tuple[tuple[int, Query], ...]
+    needed: tuple[tuple[int, Needed], ...]
+    vectors: np.ndarray | None
+    pooled_keys: np.ndarray | None
+
+    @property
+    def keys(self) -> np.ndarray:
+        """uint64 [U], the distinct rows that this query needs of tables that are not in memory, for look-ahead."""
+        return np.concatenate([one.keys for _, one in self.needed]) if self.needed else np.zeros(0, np.uint64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Staged:
+    """A query whose rows are at hand; made by `Tiers.fetch`.
+
+    Attributes:
+      arrays: what a program takes; on CPU it reads the tiers' own buffers, so it must be done before so many later
+        queries were fetched as `Tiers` has buffers. `Tiers.pool` sees to that.
+      layout: the static part.
+      counters: what this query took.
+      started: when fetching began, in seconds of `time.perf_counter`.
+      read: seconds spent in reading from files.
+      fetched: seconds from start to end.
+      plan: from which it was made.
+    """
+
+    arrays: pooling.Arrays
+    layout: pooling.Layout
+    counters: Counters
+    started: float
+    read: float
+    fetched: float
+    plan: Plan
+    places: tuple[tuple[Ring, int], ...]

@@ -1,0 +1,114 @@
+"""What a query asks of the tables: bags of rows, laid end to end so that nothing is done table by table.
+
+Letters: G bags of all tables, N row look-ups, T tables.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxeff.ops.embedding_bag import Bags, check_bags
+
+
+class Query(NamedTuple):
+    """Bags of several tables, end to end.
+
+    Attributes:
+      indices: int64 [N], row ids, bag after bag.
+      offsets: int64 [G + 1], where each bag starts, and N.
+      tables: int32 [G], the table of each bag.
+      weights: float32 [N], of each look-up, or None for ones.
+    """
+
+    indices: np.ndarray
+    offsets: np.ndarray
+    tables: np.ndarray
+    weights: np.ndarray | None = None
+
+    @property
+    def bags(self) -> Bags:
+        """The bags without their tables."""
+        return Bags(self.indices, self.offsets, self.weights)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [G], look-ups of each bag."""
+        return np.diff(self.offsets)
+
+
+def query(bags: Sequence[Bags], tables: Sequence[int] | None = None) -> Query:
+    """Lays the bags of several tables end to end.
+
+    Args:
+      bags: of each table; tables may have different numbers of bags, or none.
+      tables: number of the table of each entry of `bags`; None for 0, 1, ...
+
+    Raises:
+      ValueError: if some tables have weights and others none, or `tables` is of another length.
+    """
+    tables = range(len(bags)) if tables is None else tables
+    if len(tables) != len(bags):
+        raise ValueError(f"tables must name one table for each of the {len(bags)} entries of bags, got {len(tables)}")
+    weighted = {one.weights is not None for one in bags if len(one.indices)}
+    if len(weighted) > 1:
+        raise ValueError("some bags have weights and others none; give weights of 1 to the others")
+    offsets = [np.asarray(one.offsets, np.int64) for one in bags]
+    ends = np.cumsum([0, *(len(one.indices) for one in bags)])
+    starts = [offset[:-1] + end for offset, end in zip(offsets, ends, strict=False)]
+    return Query(
+        indices=_joined([np.asarray(one.indices, np.int64) for one in bags], np.int64),
+        offsets=np.concatenate([*starts, ends[-1:]]).astype(np.int64),
+        tables=np.repeat(np.asarray(tables, np.int32), [len(offset) - 1 for offset in offsets]),
+        weights=_joined([one.weights for one in bags if one.weights is not None], np.float32)
+        if True in weighted
+        else None,
+    )
+
+
+def checked(asked: Query, rows: np.ndarray, policy: str = "raise") -> Query:
+    """A query that asks only for rows that exist.
+
+    Args:
+      asked: the query.
+      rows: int64 [T], rows of each table.
+      policy: of ids out of range, as in `jaxeff.ops.embedding_bag.check_bags`.
+
+    Raises:
+      ValueError: for a table that does not exist, one table for fewer or more bags than there are, and as `check_bags`.
+    """
+    if len(asked.tables) != len(asked.offsets) - 1:
+        raise ValueError(f"tables names {len(asked.tables)} bags, but offsets has {len(asked.offsets) - 1}")
+    if len(asked.tables) and not (0 <= asked.tables.min() and asked.tables.max() < len(rows)):
+        found = asked.tables[(asked.tables < 0) | (asked.tables >= len(rows))][0]
+        raise ValueError(f"a bag is of table {found}, but there are tables 0 .. {len(rows) - 1}")
+    bags = check_bags(asked.bags, rows[asked.tables], policy, np.int64)
+    return Query(bags.indices, bags.offsets, asked.tables, bags.weights)
+
+
+def sorted_bags(asked: Query) -> Query:
+    """The same query with the ids of every bag in ascending order, so that equal bags are summed in equal order."""
+    order = np.lexsort((asked.indices, bag_of_lookup(asked)))
+    weights = None if asked.weights is None else asked.weights[order]
+    return asked._replace(indices=asked.indices[order], weights=weights)
+
+
+def bag_of_lookup(asked: Query) -> np.ndarray:
+    """int64 [N], the bag of each look-up."""
+    return np.repeat(np.arange(len(asked.tables)), asked.lengths)
+
+
+def chosen(asked: Query, wanted: np.ndarray) -> Query:
+    """The bags where `wanted`, a bool [G], is true."""
+    lengths = asked.lengths
+    lookups = np.repeat(wanted, lengths)
+    return Query(
+        indices=asked.indices[lookups],
+        offsets=np.concatenate([[0], np.cumsum(lengths[wanted])]).astype(np.int64),
+        tables=asked.tables[wanted],
+        weights=None if asked.weights is None else asked.weights[lookups],
+    )
+
+
+def _joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)

@@ -1,0 +1,219 @@
+"""A recommendation model whose user tables are in files, beside the same model with all tables in memory.
+
+The trace has the reuse of Meta's 2022 embedding traces; user tables have a bag for a query, item tables one for each of
+its 64 items. Fast memory is a tenth of the tables: item tables whole, the rest a cache of rows.
+"""
+
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff import dlrm, sdm
+from jaxeff.dlrm import traces
+from jaxeff.sdm import forecast
+from launch.bench import results
+from launch.bench.timing import pairwise
+
+USERS, ITEMS, BATCH, DIM = 20, 6, 64, 64
+QUERIES, WINDOW = 8_000, 200
+SHARE = 0.1
+DEPTH = 2
+
+
+class Workload:
+    """The store, the trace and the model; use it in a `with` statement."""
+
+    def __init__(self, queries: int = QUERIES, user_rows: int = 24_000, item_rows: int = 4_000, kind: str = "float32"):
+        """Makes them; the store lies in the folder of TMPDIR, and is removed again."""
+        self._folder = tempfile.TemporaryDirectory(prefix="jaxeff-tiered-")
+        features = [traces.Feature(f"user{i}", user_rows, 15, "user", "geometric") for i in range(USERS)]
+        features += [traces.Feature(f"item{i}", item_rows, 3, "item", "geometric") for i in range(ITEMS)]
+        self.trace = traces.generate(features, queries, batch_items=BATCH, seed=0)
+        self.queries = [sdm.query(self.trace[q]) for q in range(queries)]
+        rng = np.random.default_rng(0)
+        form = sdm.RowFormat(kind, DIM)
+        with sdm.Writer(pathlib.Path(self._folder.name) / "store", packing="block") as writer:
+            for feature in features:
+                values = rng.normal(size=(feature.rows, DIM)).astype(np.float32)
+                writer.add(sdm.TableSpec(feature.name, feature.rows, form), [values])
+            writer.publish()
+        self.store = sdm.open_store(pathlib.Path(self._folder.name) / "store")
+        rows = tuple(feature.rows for feature in features)
+        # The widths of MLPerf, but for the dimension.
+        architecture = dlrm.Architecture(13, rows, DIM, (512, 256, DIM), (1024, 1024, 512, 256, 1))
+        self.model = dlrm.DLRM(architecture)
+        self.dense = jnp.asarray(rng.normal(size=(BATCH, 13)), jnp.float32)
+        pooled = jnp.zeros((BATCH, USERS + ITEMS, DIM))
+        self.params = self.model.init(jax.random.key(0), self.dense, pooled)
+        self.score = jax.jit(self._score, static_argnames="layout")
+        self.table_bytes = sum(table.spec.rows * form.row_bytes for table in self.store.tables)
+
+    def _score(self, params: Any, dense: jax.Array, arrays: sdm.Arrays, layout: Any) -> jax.Array:
+        pooled = sdm.pool(arrays, layout)
+        users = jnp.broadcast_to(pooled[:USERS], (BATCH, USERS, DIM))
+        items = pooled[USERS:].reshape(ITEMS, BATCH, DIM).swapaxes(0, 1)
+        return self.model.apply(params, dense, jnp.concatenate([users, items], 1))
+
+    def in_memory(self) -> sdm.Tiers:
+        """All tables in memory."""
+        return sdm.Tiers(self.store, "memory")
+
+    def tiered(self, share: float = SHARE, **settings: Any) -> sdm.Tiers:
+        """Item tables in memory, and a cache for the rest of what is allowed."""
+        placement = {
+            table.spec.name: "memory" if table.spec.name[0] == "i" else "cached" for table in self.store.tables
+        }
+        items = sum(t.spec.rows * t.spec.format.row_bytes for t in self.store.tables if t.spec.name[0] == "i")
+        return sdm.Tiers(self.store, placement, cache_bytes=int(share * self.table_bytes) - items, **settings)
+
+    def run(self, tiers: sdm.Tiers, start: int, stop: int, depth: int = DEPTH) -> float:
+        """Seconds for some queries, fetched ahead."""
+        began = time.perf_counter()
+        scores = None
+        for staged in sdm.stream(tiers, self.queries[start:stop], depth=depth):
+            scores = self.score(self.params, self.dense, staged.arrays, staged.layout)
+            tiers.read_by(staged, scores)
+        jax.block_until_ready(scores)
+        return time.perf_counter() - began
+
+    def one_by_one(self, tiers: sdm.Tiers, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds of fetching and of computing each query, [n] each, nothing at the same time."""
+        fetch, compute = [], []
+        for asked in self.queries[start:stop]:
+            began = time.perf_counter()
+            staged = tiers.fetch(tiers.plan(asked))
+            fetched = time.perf_counter()
+            scores = self.score(self.params, self.dense, staged.arrays, staged.layout)
+            tiers.read_by(staged, scores)
+            scores.block_until_ready()
+            fetch.append(fetched - began)
+            compute.append(time.perf_counter() - fetched)
+        return np.array(fetch), np.array(compute)
+
+    def warm(self, tiers: sdm.Tiers, stop: int) -> None:
+        """Brings the cache to where it is after so many queries, and compiles what they need."""
+        for asked in self.queries[:stop]:
+            tiers.fetch(tiers.plan(asked))
+        self.one_by_one(tiers, stop - 20, stop)
+
+    def __enter__(self) -> "Workload":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.store.close()
+        self._folder.cleanup()
+
+
+def tiered(pairs: int) -> Iterator[dict[str, Any]]:
+    """Queries per second and slow queries, beside all tables in memory; and how well reading hides."""
+    with Workload() as work, work.in_memory() as memory, work.tiered() as tiers:
+        start = QUERIES - (pairs + 1) * 2 * WINDOW
+        work.warm(memory, 40)
+        work.warm(tiers, start)
+        before = dataclasses.replace(tiers.counters)
+        rates: dict[str, list[float]] = {"memory": [], "tiers": [], "serial": [], "stages": []}
+        slow: dict[str, list[float]] = {"memory": [], "tiers": []}
+        for pair in range(pairs + 1):
+            first = start + pair * 2 * WINDOW
+            spans = (first, first + WINDOW), (first + WINDOW, first + 2 * WINDOW)
+            took = {"memory": work.run(memory, *spans[0]), "tiers": work.run(tiers, *spans[0])}
+            alone = {"memory": work.one_by_one(memory, *spans[1]), "tiers": work.one_by_one(tiers, *spans[1])}
+            if not pair:
+                continue
+            for name in took:
+                rates[name].append(WINDOW / took[name])
+                slow[name].append(float(np.quantile(sum(alone[name]), 0.99)))
+            fetch, compute = (times.sum() for times in alone["tiers"])
+            rates["stages"].append(max(fetch, compute))
+            rates["serial"].append(took["tiers"])
+        counted = tiers.counters.since(before)
+        need = counted.requests / counted.queries * statistics.median(rates["tiers"])
+        ceiling = ceiling_of(work.store)
+        said = (
+            f"{statistics.median(rates['memory']):.0f} queries/s in memory; hit rate {counted.hit_rate:.3f}, "
+            f"{counted.requests / counted.queries:.0f} reads a query, {need / ceiling:.2f} of the ceiling of "
+            f"{ceiling:.0f} reads/s"
+        )
+        yield _ratio("tiered_qps", rates["tiers"], rates["memory"], said, better="higher", target=0.7)
+        said = f"{1e3 * statistics.median(slow['memory']):.1f} ms in memory, one query at a time"
+        yield _ratio("tiered_p99", slow["tiers"], slow["memory"], said, better="lower", target=3.0)
+        said = "the longer of fetching and computing the same number of queries one by one"
+        yield _ratio("overlap", rates["serial"], rates["stages"], said, better="lower", target=1.2)
+
+
+def planner(pairs: int) -> Iterator[dict[str, Any]]:
+    """Reads and queries per second that are predicted, beside those that are counted and measured."""
+    with Workload() as work, work.tiered() as tiers:
+        start = QUERIES // 2
+        assert tiers.cache is not None
+        (cache,) = tiers.cache.caches.values()
+        accesses = work.trace.accesses()
+        users = accesses.tables < USERS
+        queries, tables, rows = accesses.queries[users], accesses.tables[users], accesses.rows[users]
+        row_bytes = np.full(USERS, cache.row_bytes)
+        rates = forecast.trace_hit_rates(queries, tables, rows, row_bytes, [cache.capacity * cache.row_bytes])
+        found = forecast.measure(queries, tables, rows, USERS)
+        needs = [
+            sdm.TableNeed(
+                spec.name, spec.rows, spec.format.row_bytes, one.lookups, hit_rate=float(rate[0]),
+                distinct=one.popularity.distinct / one.lookups,
+            )
+            for spec, one, rate in zip([t.spec for t in work.store.tables[:USERS]], found, rates, strict=True)
+        ]  # fmt: skip
+        for asked in work.queries:
+            tiers.fetch(tiers.plan(asked))
+        counted = tiers.counters
+        device = sdm.calibrate(pathlib.Path(work.store.tables[0].path).parent, size=2**27)
+        fetch, compute = work.one_by_one(tiers, start, start + WINDOW)
+        hits = _host_seconds(tiers, work.queries[start : start + WINDOW])
+        predicted = sdm.predict(
+            needs, device, compute_seconds=float(compute.mean()), host_seconds=hits, packing="block",
+            block=tiers.reader.block,
+        )  # fmt: skip
+        ios = predicted.reads.requests / (counted.requests / counted.queries)
+        yield results.case(
+            "planner.ios", "predicted / counted reads", ios, better="lower", target=1.1,
+            against=f"{counted.requests / counted.queries:.1f} reads a query",
+        )  # fmt: skip
+        measured = [WINDOW / work.run(tiers, *(start + n * WINDOW for n in (pair, pair + 1))) for pair in range(pairs)]
+        ratio = pairwise([predicted.qps] * pairs, measured)
+        yield results.case(
+            "planner.qps", "predicted / measured queries per second", ratio.value, better="lower",
+            target=1.2, spread=(ratio.low, ratio.high), n=pairs,
+            against=f"{statistics.median(measured):.0f} queries/s, bound by {predicted.bound}",
+        )  # fmt: skip
+
+
+def ceiling_of(store: sdm.Store) -> float:
+    """Reads per second that a reader gets from the files of a store with 128 in flight."""
+    largest = max(store.tables, key=lambda table: table.size)
+    return sdm.calibrate(largest.path, depths=(128,), seconds=0.3).peak
+
+
+def _host_seconds(tiers: sdm.Tiers, asked: Sequence[sdm.Query]) -> float:
+    """Seconds of a query that planning and fetching take besides reading."""
+    began, read = time.perf_counter(), 0.0
+    for query in asked:
+        read += tiers.fetch(tiers.plan(query)).read
+    return (time.perf_counter() - began - read) / len(asked)
+
+
+def _ratio(
+    name: str, ours: Sequence[float], theirs: Sequence[float], against: str, *, better: str, target: float
+) -> dict[str, Any]:
+    found = pairwise(ours, theirs)
+    return results.case(
+        name, "ratio", found.value, better=better, target=target, spread=(found.low, found.high), n=found.n,
+        against=against,
+    )  # fmt: skip
+
+
+CASES = {"tiered": tiered, "planner": planner}

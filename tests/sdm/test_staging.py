@@ -1,0 +1,40 @@
+"""Buffers are shared with JAX without a copy, and not used again while a program reads them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxeff.sdm.staging import PAGE, Ring, aligned, shared
+
+
+def test_buffers_start_on_pages_and_are_shared_without_a_copy():
+    rows = aligned((100, 24), np.float32)
+    assert rows.ctypes.data % PAGE == 0 and not rows.any()
+    array = shared(rows)
+    assert isinstance(array, jax.Array) and array.shape == rows.shape
+    if jax.default_backend() == "cpu":
+        assert array.unsafe_buffer_pointer() == rows.ctypes.data
+
+
+def test_a_ring_hands_out_buffers_in_turn_and_makes_others_when_they_do_not_fit():
+    ring = Ring(3, lambda size: np.zeros(size))
+    places, buffers = zip(*(ring.take(4) for _ in range(4)), strict=True)
+    assert places == (0, 1, 2, 0)
+    assert buffers[0] is buffers[3] and buffers[0] is not buffers[1]
+    assert ring.take(8)[1].shape == (8,)
+
+
+def test_a_buffer_is_handed_out_when_its_readers_are_done():
+    ring = Ring(3, lambda size: np.zeros(size))
+    place, _ = ring.take(4)
+    work = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, y: jnp.sin(y @ y), x))(jnp.ones((200, 200)))
+    ring.read_by(place, work)
+    for _ in range(3):
+        ring.take(4)
+    assert work.is_ready()
+
+
+def test_a_ring_of_two_is_refused():
+    with pytest.raises(ValueError, match="needs 3 buffers or more, got 2"):
+        Ring(2, np.zeros)

@@ -1,0 +1,290 @@
+"""Pooled look-ups have the same bits wherever their rows are: in memory, in a cache or in a file."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxeff.ops import embedding_bag
+from jaxeff.ops.embedding_bag import Bags
+from jaxeff.sdm import callback, pipeline, queries, tiers
+from jaxeff.sdm.encoding import KINDS, RowFormat, decode, encode
+from jaxeff.sdm.table import TableSpec, open_store
+from jaxeff.sdm.writer import Writer
+
+DIM, ROWS = 6, (40, 90, 25)
+FORMS = ["padded", *([] if embedding_bag.unavailable() else ["csr"])]
+
+
+def values(seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(rows, DIM)).astype(np.float32) for rows in ROWS]
+
+
+def write(folder, kinds, tables=None, remaps=(None, None, None), packing="dense"):
+    tables = values() if tables is None else tables
+    with Writer(folder, packing=packing) as writer:
+        for index, (kind, table, remap) in enumerate(zip(kinds, tables, remaps, strict=True)):
+            writer.add(TableSpec(f"table{index}", len(table), RowFormat(kind, DIM)), [table], remap=remap)
+        writer.publish()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folders = {}
+
+    def get(*kinds):
+        if kinds not in folders:
+            folders[kinds] = write(tmp_path_factory.mktemp("store") / "s", kinds)
+        return folders[kinds]
+
+    return get
+
+
+def random_query(seed, bags=5, longest=8, weighted=False, rows=ROWS):
+    rng = np.random.default_rng(seed)
+    asked = []
+    for count in rows:
+        lengths = rng.integers(0, longest, bags)
+        ids = np.minimum(rng.zipf(1.3, lengths.sum()) - 1, count - 1)
+        weights = rng.normal(size=len(ids)).astype(np.float32) if weighted else None
+        asked.append(Bags(ids, np.concatenate([[0], np.cumsum(lengths)]), weights))
+    return queries.query(asked)
+
+
+def expected(asked, tables, mode="sum"):
+    """In float32, row by row in the order of the bags."""
+    pooled = np.zeros((len(asked.tables), DIM), np.float32)
+    for bag, table in enumerate(asked.tables):
+        for at in range(asked.offsets[bag], asked.offsets[bag + 1]):
+            row = tables[table][asked.indices[at]]
+            pooled[bag] += row if asked.weights is None else row * asked.weights[at]
+        if mode == "mean":
+            pooled[bag] /= np.float32(max(1, asked.lengths[bag]))
+    return pooled
+
+
+def stored(kinds, tables=None):
+    tables = values() if tables is None else tables
+    return [decode(encode(t, RowFormat(k, DIM)), RowFormat(k, DIM)) for t, k in zip(tables, kinds, strict=True)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_form_and_tier_gives_the_bits_of_a_loop(stores, kind, form):
+    kinds = (kind,) * 3
+    reference = stored(kinds)
+    with open_store(stores(*kinds)) as store:
+        mixed = {"table0": "memory", "table1": "cached", "table2": "direct"}
+        for placement in ("memory", "cached", "direct", mixed):
+            with tiers.Tiers(store, placement, cache_bytes=4000, form=form) as opened:
+                for seed in range(3):
+                    asked = random_query(seed, weighted=seed == 2)
+                    np.testing.assert_array_equal(opened.lookup(asked), expected(asked, reference))
+
+
+@pytest.mark.parametrize("backend", ["auto", "uring", "pread", "mmap"])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_every_way_of_reading_gives_the_same(stores, backend, mode):
+    kinds = ("float32", "int8", "int4")
+    with open_store(stores(*kinds)) as store:
+        try:
+            opened = tiers.Tiers(store, "cached", cache_bytes=3000, reader=backend, mode=mode)
+        except OSError as error:
+            pytest.skip(f"not here: {error}")
+        with opened:
+            for seed in range(4):
+                asked = random_query(seed)
+                np.testing.assert_array_equal(opened.lookup(asked), expected(asked, stored(kinds), mode))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 12), st.integers(1, 6), st.sampled_from([0, 2000, 20000]))
+def test_a_cache_of_any_size_changes_nothing(stores, seed, longest, bags, cache):
+    kinds = ("int8", "int8", "float32")
+    with open_store(stores(*kinds)) as store, tiers.Tiers(store, cache_bytes=cache, form="padded") as opened:
+        for turn in range(3):
+            asked = random_query(seed + turn, bags, longest + 1)
+            np.testing.assert_array_equal(opened.lookup_on_host(asked), expected(asked, stored(kinds)))
+        counted = opened.counters
+        assert counted.hits + counted.reads == counted.unique
+        assert counted.queries == 3 and counted.requests <= counted.reads
+
+
+@pytest.mark.parametrize("packing", ["dense", "block"])
+def test_rows_that_were_pruned_are_zeros(tmp_path, packing):
+    full = values()
+    rng = np.random.default_rng(1)
+    kept, remaps = [], []
+    for table in full:
+        keep = rng.random(len(table)) < 0.6
+        table[~keep] = 0
+        remaps.append(np.where(keep, np.cumsum(keep) - 1, -1).astype(np.int32))
+        kept.append(table[keep])
+    write(tmp_path / "s", ("float32",) * 3, kept, remaps, packing)
+    with open_store(tmp_path / "s") as store:
+        for placement in ("memory", "cached", "direct"):
+            with tiers.Tiers(store, placement, cache_bytes=5000) as opened:
+                asked = random_query(5)
+                np.testing.assert_array_equal(opened.lookup(asked), expected(asked, full))
+                assert opened.fast_bytes >= sum(remap.nbytes for remap in remaps)
+
+
+def test_rows_are_found_in_the_cache_when_they_come_again(stores):
+    with open_store(stores("float32", "float32", "float32")) as store:
+        with tiers.Tiers(store, cache_bytes=100_000) as opened:
+            asked = random_query(0)
+            opened.lookup(asked)
+            first = opened.counters
+            assert first.hits == 0 and first.reads == first.unique > 0 and first.bytes >= 512
+            opened.lookup(asked)
+            assert first.hits == first.reads == first.unique // 2 and first.hit_rate == 0.5
+            assert 0 < opened.fast_bytes <= 100_000
+
+
+def test_direct_tables_never_enter_the_cache(stores):
+    placement = {"table0": "cached", "table1": "direct", "table2": "direct"}
+    with open_store(stores("float32", "float32", "float32")) as store:
+        with tiers.Tiers(store, placement, cache_bytes=100_000) as opened:
+            asked = random_query(0)
+            opened.lookup(asked)
+            opened.lookup(asked)
+            of_first = np.repeat(asked.tables, asked.lengths) == 0
+            assert opened.counters.hits == len(np.unique(asked.indices[of_first]))
+
+
+def test_warm_rows_are_hits_and_not_counted(stores):
+    with open_store(stores("float32", "float32", "float32")) as store:
+        with tiers.Tiers(store, cache_bytes=100_000) as opened:
+            asked = random_query(3)
+            of = np.repeat(asked.tables, asked.lengths)
+            kept = opened.warm(of, asked.indices, batch=7)
+            assert kept == len(np.unique(of.astype(np.int64) * 1000 + asked.indices))
+            assert opened.counters.unique == 0
+            opened.lookup(asked)
+            assert opened.counters.reads == 0 and opened.counters.hits == kept
+
+
+def test_whole_bags_that_come_again_need_no_rows_and_have_the_same_bits(stores):
+    with open_store(stores("int8", "int8", "int8")) as store:
+        with tiers.Tiers(store) as plain, tiers.Tiers(store, pooled_bytes=50_000, pooled_threshold=2) as opened:
+            asked = random_query(0)
+            reference = plain.lookup(queries.sorted_bags(asked))
+            mixed = asked._replace(indices=_shuffled_within_bags(asked))
+            for one in (asked, mixed):
+                np.testing.assert_array_equal(opened.lookup(one), reference)
+            long = asked.lengths >= 2
+            assert opened.counters.pooled_hits == long.sum()
+            assert opened.counters.avoided == asked.lengths[long].sum()
+            assert opened.counters.bags == 2 * len(long)
+
+
+def _shuffled_within_bags(asked):
+    rng = np.random.default_rng(0)
+    parts = np.split(asked.indices, asked.offsets[1:-1])
+    return np.concatenate([rng.permutation(part) for part in parts])
+
+
+@pytest.mark.parametrize(("depth", "lookahead"), [(1, 0), (2, 0), (3, 4)])
+def test_queries_fetched_ahead_give_the_same_bits(stores, depth, lookahead):
+    kinds = ("float32", "int8", "float32")
+    asked = [random_query(seed) for seed in range(12)]
+    with open_store(stores(*kinds)) as store:
+        with tiers.Tiers(store, cache_bytes=4000, lookahead=lookahead > 0) as opened:
+            results = [
+                (staged.plan.asked, opened.pool(staged))
+                for staged in pipeline.stream(opened, asked, depth=depth, lookahead=lookahead)
+            ]
+    assert len(results) == len(asked)
+    for one, (planned, pooled) in zip(asked, results, strict=True):
+        np.testing.assert_array_equal(planned.indices, one.indices)
+        np.testing.assert_array_equal(pooled, expected(one, stored(kinds)))
+
+
+def test_looking_ahead_reads_less(stores):
+    rng = np.random.default_rng(0)
+    asked = [queries.query([Bags(rng.integers(0, 90, 12), np.array([0, 12]), None)], tables=[1]) for _ in range(60)]
+    reads = {}
+    with open_store(stores("float32", "float32", "float32")) as store:
+        for lookahead in (0, 20):
+            size = 64 * 24 + 900
+            with tiers.Tiers(store, cache_bytes=3 * size, lookahead=lookahead > 0) as opened:
+                for staged in pipeline.stream(opened, asked, lookahead=lookahead):
+                    opened.pool(staged)
+                reads[lookahead] = opened.counters.reads
+    assert reads[20] <= reads[0]
+
+
+def test_a_query_that_fails_is_raised_in_its_turn_and_the_thread_ends(stores):
+    good = random_query(0)
+    bad = good._replace(indices=good.indices + 10**6)
+    with open_store(stores("float32", "float32", "float32")) as store, tiers.Tiers(store) as opened:
+        running = pipeline.stream(opened, [good, bad, good])
+        opened.pool(next(running))
+        with pytest.raises(ValueError, match="outside"):
+            next(running)
+        with pytest.raises(StopIteration):
+            next(running)
+        np.testing.assert_array_equal(opened.lookup(good), expected(good, values()))
+
+
+def test_sizes_of_programs_seldom_change(stores):
+    with open_store(stores("float32", "float32", "float32")) as store:
+        with tiers.Tiers(store, cache_bytes=3000) as opened:
+            before = tiers.compilations()
+            for seed in range(25):
+                opened.lookup(random_query(seed, longest=9))
+            assert tiers.compilations() - before <= 6
+
+
+def test_a_look_up_inside_any_program(stores):
+    import jax
+
+    with open_store(stores("float32", "float32", "float32")) as store, tiers.Tiers(store) as opened:
+        look_up = callback.callback_lookup(opened)
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, 25, (4, 3, 5)).astype(np.int32)
+        lengths = rng.integers(0, 6, (4, 3)).astype(np.int32)
+        pooled = jax.jit(lambda ids, lengths: look_up(ids, lengths) * 2)(ids, lengths)
+        inside = np.arange(5) < lengths[..., None]
+        rows = np.stack([table[ids[:, t]] for t, table in enumerate(values())], 1)
+        np.testing.assert_allclose(pooled, 2 * (rows * inside[..., None]).sum(2), rtol=1e-5, atol=1e-6)
+        with pytest.raises(ValueError, match=r"ids must be \[B, 3, L\]"):
+            look_up(ids[:, :2], lengths[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"placement": {"table0": "memory"}}, "a tier to every table and no other.*table1"),
+        ({"placement": "disk"}, "tier 'disk' is unknown"),
+        ({"cache_bytes": -1}, "cache_bytes=-1 must not be negative"),
+        ({"mode": "max"}, "mode='max' is unknown"),
+        ({"form": "fast"}, "form='fast' is unknown"),
+        ({"buffers": 2}, "a ring needs 3 buffers or more"),
+        ({"policy": "clip"}, "policy"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(stores, arguments, message):
+    with open_store(stores("float32", "float32", "float32")) as store:
+        with pytest.raises(ValueError, match=message):
+            with tiers.Tiers(store, **arguments) as opened:
+                opened.lookup(random_query(0))
+
+
+def test_a_deadline_that_has_passed_is_an_error_and_leaves_the_cache_as_it_was(stores):
+    with open_store(stores("float32", "float32", "float32")) as store, tiers.Tiers(store, cache_bytes=9000) as opened:
+        asked = random_query(0)
+        with pytest.raises(TimeoutError):
+            opened.lookup(asked, deadline=0.0)
+        np.testing.assert_array_equal(opened.lookup(asked), expected(asked, values()))
+
+
+def test_tables_of_other_dimensions_are_refused(tmp_path):
+    with Writer(tmp_path / "s") as writer:
+        for dim in (4, 8):
+            writer.add(TableSpec(f"d{dim}", 3, RowFormat("float32", dim)), [np.zeros((3, dim), np.float32)])
+        writer.publish()
+    with open_store(tmp_path / "s") as store, pytest.raises(ValueError, match=r"one dimension, these have \[4, 8\]"):
+        tiers.Tiers(store)
