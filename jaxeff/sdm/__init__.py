@@ -23,6 +23,7 @@ from jaxeff.sdm.pooled_cache import PooledCache
 from jaxeff.sdm.pooling import Arrays, pool
 from jaxeff.sdm.power import PUBLISHED, Host, Scenario, compare, scenario_table
 from jaxeff.sdm.queries import Query, query
+from jaxeff.sdm.renewal import renewed
 from jaxeff.sdm.reuse import belady_hits, lru_curve, reuse_distances
 from jaxeff.sdm.row_cache import RowCache, row_keys
 from jaxeff.sdm.sharded import sharded_lookup
@@ -108,6 +109,7 @@ __all__ = [
     "preview",
     "query",
     "reencode",
+    "renewed",
     "reorder",
     "reuse_distances",
     "rewrite",

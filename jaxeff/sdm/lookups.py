@@ -20,6 +20,7 @@ class Counters:
       queries: number of queries.
       lookups: rows asked for, of all tables.
       unique: distinct rows asked of tables that are not in memory.
+      pinned: of these, those that stay in memory.
       hits: of these, those found in the cache.
       reads: of these, those read from files.
       requests: reads that the device was asked for; neighbouring rows share one.
@@ -33,6 +34,7 @@ class Counters:
     queries: int = 0
     lookups: int = 0
     unique: int = 0
+    pinned: int = 0
     hits: int = 0
     reads: int = 0
     requests: int = 0
@@ -54,8 +56,8 @@ class Counters:
 
     @property
     def hit_rate(self) -> float:
-        """Share of distinct rows that the cache had; 0 before the first."""
-        return self.hits / self.unique if self.unique else 0.0
+        """Share of distinct rows, but for pinned ones, that the cache had; 0 before the first."""
+        return self.hits / (self.hits + self.reads) if self.hits + self.reads else 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,6 +70,7 @@ class Needed:
       rows: int64 [U], positions in the file of its table.
       inverse: int64 [N], the distinct row of each look-up, U for one that was pruned.
       asked: the bags.
+      pinned: int64 [U], where rows that stay in memory are, -1 for others; None where there are none.
     """
 
     keys: np.ndarray
@@ -75,6 +78,12 @@ class Needed:
     rows: np.ndarray
     inverse: np.ndarray
     asked: Query
+    pinned: np.ndarray | None = None
+
+    @property
+    def movable(self) -> np.ndarray:
+        """uint64, the keys of rows that do not stay in memory."""
+        return self.keys if self.pinned is None else self.keys[self.pinned < 0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,8 +111,8 @@ class Plan:
 
     @property
     def keys(self) -> np.ndarray:
-        """uint64 [U], the distinct rows that this query needs of tables that are not in memory, for look-ahead."""
-        return np.concatenate([one.keys for _, one in self.needed]) if self.needed else np.zeros(0, np.uint64)
+        """uint64 [U], the distinct rows that this query needs and that are not in memory for ever."""
+        return np.concatenate([one.movable for _, one in self.needed]) if self.needed else np.zeros(0, np.uint64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ from jaxeff.sdm.io.reader import Backend, Reader, open_reader
 from jaxeff.sdm.loaded import Buffer, Loaded, load
 from jaxeff.sdm.lookahead import LookAhead
 from jaxeff.sdm.lookups import Counters, Needed, Plan, Staged
+from jaxeff.sdm.pinned_rows import PinnedRows
 from jaxeff.sdm.placement import TIERS
 from jaxeff.sdm.pooled_cache import PooledCache
 from jaxeff.sdm.queries import Query
@@ -50,6 +51,7 @@ class Tiers:
         placement: Mapping[str, str] | str = "cached",
         *,
         cache_bytes: int = 0,
+        pinned: Mapping[str, Any] | None = None,
         lookahead: bool = False,
         pooled_bytes: int = 0,
         pooled_threshold: int = 4,
@@ -68,6 +70,8 @@ class Tiers:
           store: the tables; it must stay open.
           placement: a tier of `TIERS` for every table by name, or one for all.
           cache_bytes: memory for cached rows and what is kept about them, over all tables.
+          pinned: by table that is not in memory, ids of rows that are, int [n]: the most used ones, as of
+            `jaxeff.sdm.split_rows` and `jaxeff.sdm.placement.hottest`.
           lookahead: whether the cache can be told of queries before they are fetched, by `expect`, at 4 bytes a row.
           pooled_bytes: memory for vectors of whole bags; 0 for none. Bags are then summed in ascending order of ids.
           pooled_threshold: look-ups of a bag from which on its vector is kept; shorter ones are cheap.
@@ -85,6 +89,9 @@ class Tiers:
             below 0.
           OSError: for files that cannot be read.
         """
+        settings = locals()
+        # For tiers of the next version of the store.
+        self.settings = {name: value for name, value in settings.items() if name not in ("self", "store")}
         names = [table.spec.name for table in store.tables]
         placed = dict.fromkeys(names, placement) if isinstance(placement, str) else dict(placement)
         if set(placed) != set(names):
@@ -113,6 +120,7 @@ class Tiers:
         )
         self._remap, self._remap_start = _remaps(store)
         self._memory = [self._loaded(group) for group in range(len(self.formats))]
+        self._pinned = self._pins(pinned or {})
         self.cache = self._cache(cache_bytes, lookahead)
         self._told = LookAhead(self.cache) if lookahead and self.cache is not None else self.cache
         self.vectors = PooledCache(pooled_bytes, self.dim, threshold=pooled_threshold) if pooled_bytes else None
@@ -131,6 +139,30 @@ class Tiers:
         loaded = self._memory[group]
         assert loaded is not None, "a plan names only groups that have tables in memory"
         return loaded
+
+    def _pins(self, pinned: Mapping[str, Any]) -> list[PinnedRows | None]:
+        """The pinned rows of each format."""
+        tables, rows = [], []
+        for name, ids in pinned.items():
+            if self.placement.get(name, "memory") == "memory":
+                raise ValueError(f"pinned: {name!r} is no table whose rows are in a file; take it out")
+            table, ids = self.store.index(name), np.unique(np.asarray(ids, np.int64))
+            if len(ids) and not 0 <= ids[0] <= ids[-1] < self.rows[table]:
+                raise ValueError(
+                    f"pinned: ids of {name!r} must be 0 .. {self.rows[table] - 1}, got {ids[0]} .. {ids[-1]}"
+                )
+            of_table = self._positions(np.full(len(ids), table), ids)
+            tables.append(np.full(np.count_nonzero(of_table >= 0), table))
+            rows.append(of_table[of_table >= 0])
+        if not tables or not sum(map(len, tables)):
+            return [None] * len(self.formats)
+        of, at = np.concatenate(tables), np.concatenate(rows)
+        keys = row_keys(of, at)
+        found: list[PinnedRows | None] = []
+        for group in range(len(self.formats)):
+            mine = self.group[of] == group
+            found.append(PinnedRows(self.store, self.reader, of[mine], at[mine], keys[mine]) if mine.any() else None)
+        return found
 
     def _cache(self, budget: int, ahead: bool) -> UnifiedCache | None:
         """A cache for all tables that use one; row sizes share the budget by the bytes of the tables behind it."""
@@ -155,8 +187,8 @@ class Tiers:
     def fast_bytes(self) -> int:
         """Bytes of memory that the tables take: rows in memory, caches, and maps of rows that moved or were pruned."""
         loaded = sum(found.rows.nbytes for found in self._memory if found is not None)
-        caches = sum(cache.bytes for cache in (self.cache, self.vectors) if cache is not None)
-        return loaded + caches + self._remap.nbytes
+        others = sum(held.bytes for held in (self.cache, self.vectors, *self._pinned) if held is not None)
+        return loaded + others + self._remap.nbytes
 
     # ---- planning ----------------------------------------------------------------------------------------------------
 
@@ -190,7 +222,7 @@ class Tiers:
                 found.append(np.flatnonzero(wanted))
         for group in range(len(self.formats)):
             if (wanted := ~in_memory & ~ready & (groups == group)).any():
-                one = self._needed(queries.chosen(asked, wanted))
+                one = self._needed(group, queries.chosen(asked, wanted))
                 needed.append((group, one))
                 found.append(np.flatnonzero(wanted))
                 counters.unique += len(one.keys)
@@ -198,14 +230,15 @@ class Tiers:
         order[np.concatenate([*found, np.flatnonzero(ready)]).astype(np.int64)] = np.arange(len(order))
         return Plan(asked, counters, order, tuple(memory), tuple(needed), vectors, pooled_keys)
 
-    def _needed(self, asked: Query) -> Needed:
+    def _needed(self, group: int, asked: Query) -> Needed:
         tables = np.repeat(asked.tables, asked.lengths)
         rows = self._positions(tables, asked.indices)
         kept = rows >= 0
         keys, found = np.unique(row_keys(tables[kept], rows[kept]), return_inverse=True)
         inverse = np.full(len(rows), len(keys))
         inverse[kept] = found
-        return Needed(keys, *_of_keys(keys), inverse, asked)
+        pins = self._pinned[group]
+        return Needed(keys, *_of_keys(keys), inverse, asked, None if pins is None else pins.find(keys))
 
     def _positions(self, tables: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Where the rows with these ids are in the file of their table; -1 for those that were pruned."""
@@ -246,7 +279,7 @@ class Tiers:
             size = self._bucket(("rows", group), len(needed.keys) + 1)
             place, buffer = self._rings[group].take((size, form))
             left = None if deadline is None else deadline - (time.perf_counter() - started)
-            where, seconds = self._fill(needed, slots, buffer.bytes, counters, left)
+            where, seconds = self._fill(group, needed, slots, buffer.bytes, counters, left)
             read += seconds
             positions = np.append(where, size - 1)[needed.inverse]
             parts.append(self._part(("staged", group), buffer.rows, positions, size - 1, needed.asked))
@@ -269,19 +302,33 @@ class Tiers:
 
     def _slots(self, plan: Plan) -> list[np.ndarray]:
         """Where the cache has the rows of each group, -1 for those that it has not."""
-        slots = np.full(len(plan.keys), -1, np.int64) if self._told is None else self._told.lookup(plan.keys)
-        ends = np.cumsum([len(needed.keys) for _, needed in plan.needed])
-        return [slots[end - len(needed.keys) : end] for end, (_, needed) in zip(ends, plan.needed, strict=True)]
+        keys = plan.keys
+        slots = np.full(len(keys), -1, np.int64) if self._told is None else self._told.lookup(keys)
+        found, start = [], 0
+        for _, needed in plan.needed:
+            each = np.full(len(needed.keys), -1, np.int64)
+            movable = slice(None) if needed.pinned is None else needed.pinned < 0
+            stop = start + len(needed.movable)
+            each[movable] = slots[start:stop]
+            found.append(each)
+            start = stop
+        return found
 
     def _fill(
-        self, needed: Needed, slots: np.ndarray, out: np.ndarray, counters: Counters, deadline: float | None
+        self, group: int, needed: Needed, slots: np.ndarray, out: np.ndarray, counters: Counters, deadline: float | None
     ) -> tuple[np.ndarray, float]:
         """Writes the distinct rows into `out`: where each one is, and the seconds that reading took."""
         hit = slots >= 0
+        pins = self._pinned[group]
+        if pins is not None and needed.pinned is not None:
+            counters.pinned += int((stay := needed.pinned >= 0).sum())
+            hit = hit | stay
         hits = int(hit.sum())
         where = np.where(hit, np.cumsum(hit) - 1, hits + np.cumsum(~hit) - 1)
         if self.cache is not None and hits:
             self.cache.take(needed.keys[hit], slots[hit], out[:hits])
+        if pins is not None and needed.pinned is not None:
+            out[where[stay]] = pins.rows[needed.pinned[stay]]
         seconds = 0.0
         if hits < len(hit):
             started = time.perf_counter()
@@ -294,7 +341,7 @@ class Tiers:
             counters.blocks += stats.blocks
             if self._told is not None:
                 self._told.insert(needed.keys[~hit], missed)
-        counters.hits += hits
+        counters.hits += int((slots >= 0).sum())
         counters.reads += len(hit) - hits
         return where, seconds
 
@@ -378,7 +425,7 @@ class Tiers:
             form = self.formats[group]
             rows = np.empty((len(needed.keys) + 1, form.row_bytes), np.uint8)
             rows[-1] = zero_row(form)
-            where, _ = self._fill(needed, slots, rows, counters, deadline)
+            where, _ = self._fill(group, needed, slots, rows, counters, deadline)
             positions = np.append(where, len(where))[needed.inverse]
             pooled.append(pooling.pool_on_host(decode(rows[positions], form), needed.asked, self.mode))
         self.counters.add(counters)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxeff.ops import embedding_bag
 from jaxeff.ops.embedding_bag import Bags
-from jaxeff.sdm import callback, pipeline, queries, tiers
+from jaxeff.sdm import callback, pipeline, queries, renewal, tiers
 from jaxeff.sdm.encoding import KINDS, RowFormat, decode, encode
 from jaxeff.sdm.table import TableSpec, open_store
 from jaxeff.sdm.writer import Writer
@@ -154,6 +154,33 @@ def test_direct_tables_never_enter_the_cache(stores):
             assert opened.counters.hits == len(np.unique(asked.indices[of_first]))
 
 
+@pytest.mark.parametrize("cache", [0, 3000])
+def test_pinned_rows_are_never_read_again(stores, cache):
+    kinds = ("float32", "int8", "float32")
+    pinned = {"table0": np.arange(40), "table1": [0, 1, 2, 2], "table2": []}
+    with open_store(stores(*kinds)) as store, tiers.Tiers(store, cache_bytes=cache, pinned=pinned) as opened:
+        assert opened.fast_bytes >= 40 * 24 + 3 * 14
+        for seed in range(4):
+            asked = random_query(seed)
+            for look_up in (opened.lookup, opened.lookup_on_host):
+                np.testing.assert_array_equal(look_up(asked), expected(asked, stored(kinds)))
+        counted = opened.counters
+        assert counted.pinned > 0 and counted.pinned + counted.hits + counted.reads == counted.unique
+        of_table = np.array([0], np.int32)
+        only = queries.query([Bags(np.arange(40), np.array([0, 40]), None)], of_table)
+        before = counted.reads
+        np.testing.assert_array_equal(opened.lookup(only), expected(only, stored(kinds)))
+        assert counted.reads == before
+
+
+def test_rows_to_pin_that_do_not_exist_are_named(stores):
+    with open_store(stores("float32", "float32", "float32")) as store:
+        with pytest.raises(ValueError, match=r"ids of 'table2' must be 0 .. 24, got 3 .. 25"):
+            tiers.Tiers(store, pinned={"table2": [3, 25]})
+        with pytest.raises(ValueError, match="'table1' is no table whose rows are in a file"):
+            tiers.Tiers(store, "memory", pinned={"table1": [3]})
+
+
 def test_warm_rows_are_hits_and_not_counted(stores):
     with open_store(stores("float32", "float32", "float32")) as store:
         with tiers.Tiers(store, cache_bytes=100_000) as opened:
@@ -278,6 +305,35 @@ def test_a_deadline_that_has_passed_is_an_error_and_leaves_the_cache_as_it_was(s
         asked = random_query(0)
         with pytest.raises(TimeoutError):
             opened.lookup(asked, deadline=0.0)
+        np.testing.assert_array_equal(opened.lookup(asked), expected(asked, values()))
+
+
+def test_a_new_version_is_served_with_a_warm_cache_while_the_old_one_goes_on(tmp_path):
+    old, new = values(0), values(1)
+    write(tmp_path / "s", ("float32",) * 3, old, remaps=(None, np.arange(90)[::-1].astype(np.int32), None))
+    asked = random_query(0)
+    with open_store(tmp_path / "s") as store, tiers.Tiers(store, cache_bytes=50_000) as opened:
+        opened.lookup(asked)
+        assert renewal.renewed(opened) is None
+        staged = opened.fetch(opened.plan(asked))
+        write(tmp_path / "s", ("float32",) * 3, new)
+        fresh = renewal.renewed(opened)
+        with fresh.store, fresh:
+            np.testing.assert_array_equal(fresh.lookup(asked), expected(asked, new))
+            assert fresh.counters.reads == 0 and fresh.counters.hits == fresh.counters.unique
+        np.testing.assert_array_equal(opened.pool(staged), expected(asked, [old[0], old[1][::-1], old[2]]))
+
+
+def test_a_new_version_with_other_tables_is_an_error_and_the_old_one_goes_on(tmp_path):
+    write(tmp_path / "s", ("float32",) * 3)
+    placement = dict.fromkeys(("table0", "table1", "table2"), "cached")
+    with open_store(tmp_path / "s") as store, tiers.Tiers(store, placement, cache_bytes=50_000) as opened:
+        with Writer(tmp_path / "s") as writer:
+            writer.add(TableSpec("other", 3, RowFormat("float32", DIM)), [np.zeros((3, DIM), np.float32)])
+            writer.publish()
+        with pytest.raises(ValueError, match="a tier to every table and no other"):
+            renewal.renewed(opened)
+        asked = random_query(0)
         np.testing.assert_array_equal(opened.lookup(asked), expected(asked, values()))
 
 
