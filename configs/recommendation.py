@@ -45,10 +45,10 @@ def trace(
     user_pooling: float = 15.0,
     item_pooling: float = 3.0,
     queries: int = 1500,
-    popularity: int = 2022,
+    popularity: str = "2022_t788_bs131072_0",
     session_queries: float = 1.0,
 ) -> ConfigDict:
-    """Look-ups with the reuse of Meta's embedding traces of 2021 or 2022: user tables have one bag a query."""
+    """Look-ups with the reuse of one of `dlrm.PUBLISHED`: user tables have one bag a query."""
     return ConfigDict(
         {
             "user_tables": user_tables,

@@ -6,7 +6,7 @@ Data sets in memory come through `jaxeff.data`; files of your own, of Criteo's o
 Letters: N examples, n_d dense features, T tables, L entries of the longest bag.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 
@@ -20,7 +20,8 @@ _YEARS, _FIRST_YEAR = 5, 1900
 _SECONDS_PER_YEAR = 365.2425 * 24 * 3600
 
 
-class Features(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Features:
     """Examples under one schema, whatever they come from.
 
     Attributes:
@@ -34,7 +35,7 @@ class Features(NamedTuple):
     rows: tuple[int, ...]
     tables: tuple[str, ...]
 
-    def __len__(self) -> int:  # type: ignore[override]
+    def __len__(self) -> int:
         return len(self.arrays["label"])
 
     def architecture(self, name: str = "small", dim: int | None = None) -> Architecture:

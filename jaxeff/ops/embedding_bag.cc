@@ -336,33 +336,37 @@ ffi::Error PoolBags(ffi::ThreadPool pool, ffi::AnyBuffer rows, Integers indices,
   }
   const Pooling pooling = kByKind[kind][weighted];
   const int64_t ahead = std::clamp<int64_t>(kFetched / (kLine * table.lines), 2, 64);
-  const int64_t tasks = std::clamp<int64_t>(used / kTask, 1, std::max<int64_t>(1, bags));
+  if (!bags) return ffi::Error::Success();
+  const int64_t tasks = std::clamp<int64_t>(used / kTask, 1, bags);
   std::atomic<int64_t> wrong{-1};
   jaxeff::Parallel(pool, tasks, [&](int64_t task) {
     const int64_t first = bags * task / tasks, last = bags * (task + 1) / tasks;
-    int64_t count = 0;
-    for (int64_t b = first; b < last; ++b) count += layout.End(b) - layout.Begin(b);
-    // The rows in the order in which they are read, and the last once more for who looks ahead.
+    const int32_t *row = index + layout.Begin(first), *end = index + positions;
+    int64_t count = layout.End(last - 1) - layout.Begin(first);
+    // Rows in the order in which they are read: those of offsets are already.
     thread_local std::vector<int32_t> order;  // new pages would take as long as the sums
-    if (static_cast<int64_t>(order.size()) < count + ahead) order.resize(count + ahead);
-    int32_t* to = order.data();
-    for (int64_t b = first; b < last; ++b) to = std::copy(index + layout.Begin(b), index + layout.End(b), to);
+    if (pitch >= 0) {
+      order.clear();
+      for (int64_t b = first; b < last; ++b) order.insert(order.end(), index + layout.Begin(b), index + layout.End(b));
+      row = order.data();
+      count = order.size();
+      end = row + count;
+    }
     int64_t outside = 0;
-    for (int64_t j = 0; j < count; ++j) outside += static_cast<uint32_t>(order[j]) >= table.rows;
+    for (int64_t j = 0; j < count; ++j) outside += static_cast<uint32_t>(row[j]) >= table.rows;
     if (outside) {
       for (int64_t b = first; b < last; ++b)
         for (int64_t j = layout.Begin(b); j < layout.End(b); ++j)
           if (static_cast<uint32_t>(index[j]) >= table.rows) wrong.store(j);
       return;
     }
-    if (count) std::fill_n(to, ahead, order[count - 1]);
-    for (int64_t j = 0; j < std::min(ahead, count); ++j) table.Fetch(order[j]);
-    const int32_t* row = order.data();
+    for (int64_t j = 0; j < std::min(ahead, count); ++j) table.Fetch(row[j]);
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = layout.Begin(b), length = layout.End(b) - begin;
       const float* weight = weighted ? weights.typed_data() + begin : nullptr;
       const float divisor = mean ? static_cast<float>(std::max<int64_t>(length, 1)) : 1.0f;
-      pooling(table, {row, row + ahead, weight, length}, divisor, out->typed_data() + b * dim);
+      // At the end the last rows are fetched once more.
+      pooling(table, {row, std::min(row + ahead, end - length), weight, length}, divisor, out->typed_data() + b * dim);
       row += length;
     }
   });
