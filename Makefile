@@ -38,6 +38,8 @@ bench: $(STAMP)
 	$(BIN)/python -m launch.bench.dynamic --json $(RESULTS)/dynamic.json
 	# FedJAX does not install beside a jax of today; without it a loop of jitted steps is the peer (see the module).
 	$(BIN)/python -m launch.bench.federated --json $(RESULTS)/federated.json
+	# The device's own ceiling needs fio or a C compiler; RocksDB (rocksdict) and FBGEMM are peers where they are installed.
+	$(BIN)/python -m launch.bench.sdm --json $(RESULTS)/sdm.json
 
 results: $(STAMP)
 	$(BIN)/python -m launch.bench.results
@@ -52,7 +54,7 @@ gpu:
 	@# torch shares the GPU, so JAX must not take most of it; the benchmarks run even where a test fails.
 	@export JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false; status=0; \
 	$(PYTHON) -m pytest -m gpu -q -p no:cacheprovider $(wildcard tests/*/test_gpu.py) || status=1; \
-	for room in ops quadratic dynamic federated; do \
+	for room in ops quadratic dynamic federated sdm; do \
 	  $(PYTHON) -m launch.bench.$$room --device gpu --json $(RESULTS)/$${room}_gpu.json || status=1; \
 	done; exit $$status
 

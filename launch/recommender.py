@@ -113,25 +113,26 @@ def problem(config: Mapping[str, Any], seed: int) -> Problem:
 
 
 def _of_file(config: Mapping[str, Any], seed: int) -> Problem:
-    """A click log of the user's own: training streams it, once an epoch."""
+    """A click log of the user's own: training streams it, once an epoch; lines that fill no batch are left out."""
     section, size = config["file"], config["training"]["batch_size"]
 
-    def batches(path: str, rows: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        return click_files.read_clicks(path, section["layout"], section["rows"], rows, start=start)
+    def batches(path: str, count: int, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        return click_files.read_clicks(path, section["layout"], section["rows"], count, start=start)
 
-    test = list(batches(section["test"], config["eval_batch_size"]))
+    test = list(batches(section["test"], config["serving"]["examples"]))
+    per_epoch = sum(1 for _ in batches(section["train"], size))
+    for name, found, count in (("test", test, config["serving"]["examples"]), ("train", per_epoch, size)):
+        if not found:
+            raise ValueError(f"file.{name}: {section[name]} has fewer than {count} lines, which make no batch")
     arrays = {name: np.concatenate([batch[name] for batch in test]) for name in test[0]}
     rows = (section["rows"],) * arrays["ids"].shape[1]
     architecture = dlrm.preset(
         config["model"]["preset"], dense=arrays["dense"].shape[1], rows=rows, dim=config["model"]["dim"]
     )
-    count = sum(len(batch["label"]) for batch in batches(section["train"], config["eval_batch_size"]))
-    per_epoch = count // size
 
     def train(start: int) -> Iterator[dict[str, np.ndarray]]:
         while True:
-            whole = (one for one in batches(section["train"], size, start % per_epoch) if len(one["label"]) == size)
-            yield from whole
+            yield from batches(section["train"], size, start % per_epoch)
             start = 0
 
     names = click_files.LAYOUTS[section["layout"]].tables
@@ -143,7 +144,7 @@ def _of_file(config: Mapping[str, Any], seed: int) -> Problem:
         config["training"]["epochs"] * per_epoch,
         lambda: data.padded_batches(arrays, config["eval_batch_size"]),
         arrays,
-        {"name": section["train"], "train": count, "test": len(arrays["label"])},
+        {"name": section["train"], "train": per_epoch * size, "test": len(arrays["label"])},
     )
 
 
@@ -387,16 +388,15 @@ def served(config: Mapping[str, Any], found: Problem, params: Any, tiers: sdm.Ti
     """Serves all queries, fetched ahead, and then some of them one by one."""
     section = config["serving"]
     score = lookup.scorer(found.architecture, found.bags, section["examples"])
-    ahead = {"depth": section["depth"], "lookahead": section["lookahead"]}
+    ahead = {"depth": section["depth"], "lookahead": section["lookahead"] if tiers.lookahead else 0}
     for asked, dense in found.queries[:2]:  # compiles
         staged = tiers.fetch(tiers.plan(asked))
         score(params, dense, staged.arrays, staged.layout).block_until_ready()
     before = dataclasses.replace(tiers.counters)
     logits, stages = [], []
     for staged, scores in lookup.serve(tiers, score, params, found.queries, **ahead):
-        called = time.perf_counter()
         logits.append(np.asarray(scores))
-        stages.append((staged.started, staged.started + staged.fetched, called, time.perf_counter()))
+        stages.append((staged.started, staged.started + staged.fetched, time.perf_counter()))
     # Of the second half, when programs are compiled and the cache is warm.
     half = len(stages) // 2
     qps = (len(stages) - half) / (stages[-1][-1] - stages[half - 1][-1]) if half else 1 / (stages[0][-1] - stages[0][0])
@@ -413,12 +413,10 @@ def served(config: Mapping[str, Any], found: Problem, params: Any, tiers: sdm.Ti
         latency.append(time.perf_counter() - start)
         host.append(fetched - start - staged.read)
     shown = stages[-SHOWN:]
-    first = min(start for start, *_ in shown)
-    spans = [
-        Span(number, stage, begin - first, end - first)
-        for number, (start, stop, called, done) in enumerate(shown)
-        for stage, begin, end in (("fetch", start, stop), ("compute", called, done))
-    ]
+    first, done, spans = shown[0][0], 0.0, []
+    for number, (start, fetched, computed) in enumerate(shown):
+        spans.append(Span(number, "fetch", start - first, fetched - first))
+        spans.append(Span(number, "compute", max(fetched - first, done), done := computed - first))
     return Served(
         np.concatenate(logits), qps, np.array(latency), np.array(compute), np.array(host),
         counters, spans, tiers.fast_bytes,

@@ -247,9 +247,11 @@ void Sum(const Table& table, Bag bag, int64_t column, float divisor, float* out)
       if constexpr (Weighted) total[v] += Rounded(values * bag.weight[j]); else total[v] += values;
     }
   }
-  for (int v = 0; v < V; ++v) {
-    *reinterpret_cast<Vector*>(out + v * kLanes) = total[v] / divisor;
-  }
+  Vector* to = reinterpret_cast<Vector*>(out);
+  if (divisor == 1.0f)
+    for (int v = 0; v < V; ++v) to[v] = total[v];
+  else
+    for (int v = 0; v < V; ++v) to[v] = total[v] / divisor;
 }
 
 // The columns that do not fill a vector.

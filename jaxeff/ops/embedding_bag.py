@@ -195,10 +195,18 @@ def pooled_lookup(
     if decode is None and not jnp.issubdtype(table.dtype, jnp.floating):
         raise TypeError(f"table: rows of {table.dtype} need decode; `jaxeff.sdm.encoding` has those of its formats")
 
+    if indices.dtype.itemsize < 4:  # may not hold the number of rows
+        indices = indices.astype(jnp.int32)
+    count = indices.shape[1]
+    valid = (indices >= 0) & (indices < len(table))
+    if lengths is not None:
+        valid |= jnp.arange(count) >= lengths[:, None]
+    # Once for all positions: a gather that looks at its indices itself takes a fifth longer.
+    indices = jnp.clip(indices, 0, len(table) - 1)
+
     def add(total: jax.Array, here: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, None]:
         position, ids, weight = here
-        # Negative ones are out of range, too.
-        rows = read(table.at[ids].get(mode="fill", wrap_negative_indices=False))
+        rows = read(table.at[ids].get(mode="promise_in_bounds"))
         if weight is not None:
             rows = rounded_product(rows, weight[:, None])
         if lengths is not None:
@@ -206,13 +214,13 @@ def pooled_lookup(
         return total + rows, None
 
     dim = jax.eval_shape(read, jax.ShapeDtypeStruct((1, *table.shape[1:]), table.dtype)).shape[-1]
-    count = indices.shape[1]
     axes = compat.varying_axes(table) | compat.varying_axes(indices)
     for array in (lengths, weights):
         axes |= compat.varying_axes(array) if array is not None else frozenset()
     start = compat.vary(jnp.zeros((indices.shape[0], dim), jnp.float32), axes)
     over = (jnp.arange(count), indices.T, None if weights is None else weights.T.astype(jnp.float32))
     total, _ = lax.scan(add, start, over, unroll=max(1, min(_UNROLL, count)))
+    total = jnp.where(valid.all(1)[:, None], total, jnp.nan)
     if mode == "mean":
         entries = jnp.full(indices.shape[:1], count) if lengths is None else lengths
         total = _mean(total, entries)

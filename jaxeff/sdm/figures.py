@@ -179,7 +179,9 @@ def draw_hit_rates(
     drawing.plain_log_ticks(ax.xaxis, low, max(high, 2 * low))
     for text, value in (bounds or {}).items():
         ax.axhline(value, color=drawing.SOFT, lw=1, ls="--", zorder=2)
-        ax.text(0.01, value, text, transform=ax.get_yaxis_transform(), va="bottom", fontsize=9, color=drawing.SOFT)
+        # Above its line, where there is room between it and the axis.
+        where = "bottom" if value < 0.92 else "top"
+        ax.text(0.01, value, text, transform=ax.get_yaxis_transform(), va=where, fontsize=9, color=drawing.SOFT)
     ax.set_ylim(0, 1)
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     ax.set_xlabel("bytes of the cache")

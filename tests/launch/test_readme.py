@@ -25,6 +25,16 @@ def test_the_federation_of_the_readme_runs():
     assert names["report"].metrics["counted"] == 10
 
 
+@pytest.mark.slow
+def test_the_tables_of_the_readme_are_looked_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    block = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "sdm.Tiers(" in code)
+    names = {"__name__": "readme"}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["pooled"].shape[1] == 32
+    assert 0.5 < float(capsys.readouterr().out.split()[0]) < 1
+
+
 def test_the_readme_shows_files_that_exist():
     root = pathlib.Path(__file__).parents[2]
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)

@@ -187,6 +187,11 @@ def test_an_index_out_of_range_is_loud_where_it_counts(wrong):
     assert sums[0].tolist() == [1] * 4 and jnp.isnan(sums[1]).all()
 
 
+def test_indices_of_a_byte_name_rows_of_a_large_table():
+    table = np.arange(600, dtype=np.float32).reshape(300, 2)
+    np.testing.assert_array_equal(pooled_lookup(table, np.array([[3, 200]], np.uint8)), [[406, 408]])
+
+
 def test_rows_of_any_spelling_are_decoded():
     rng = np.random.default_rng(3)
     stored = rng.integers(0, 255, (9, 6)).astype(np.uint8)
