@@ -1,9 +1,11 @@
 """Tables in the host's memory that a program of an accelerator reads: pinned, so that no copy of the table is made.
 
-Rows are gathered where they lie, by the host, and only they cross the bus. Where a backend cannot do that inside a
-program, the rows are gathered by NumPy before it.
+Inside a program rows are gathered in one of two forms: by the "host", so that only they cross the bus, or by the
+"device", which reads the host's memory over the bus. Not every backend can do either, so both are tried on a few rows
+before the first use. Where none works, a NumPy array takes the place of the table, and rows are gathered before the
+program.
 
-Letters: D dimension, N look-ups, R rows.
+Letters: D numbers of a row, N look-ups, R rows.
 """
 
 import functools
@@ -12,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compute_on import compute_on
+from jax.experimental import compute_on
 
 PINNED = "pinned_host"
+FORMS = ("host", "device")
 
 
 def pinned(table: Any) -> jax.Array:
@@ -25,40 +28,92 @@ def pinned(table: Any) -> jax.Array:
     """
     if reason := unavailable():
         raise ValueError(f"the table cannot be pinned: {reason}; keep it as a NumPy array, which take_rows accepts")
-    return jax.device_put(table, _sharding(PINNED))
+    return jax.device_put(table, _pinned_sharding())
 
 
 def unavailable() -> str | None:
     """Why the default device has no pinned memory of its host, or None."""
-    device = jax.local_devices()[0]
+    device = _device()
     kinds = sorted(memory.kind for memory in device.addressable_memories())
     return None if PINNED in kinds else f"{device.platform} has {', '.join(kinds)}, not {PINNED}"
 
 
-def take_rows(table: Any, indices: jax.Array) -> jax.Array:
+def forms() -> tuple[str, ...]:
+    """The forms of `FORMS` that give right rows on the default device; may be asked while a program is traced."""
+    return () if unavailable() else _working(_device())
+
+
+def take_rows(table: Any, indices: Any, form: str = "auto") -> jax.Array:
     """Rows of a table in the host's memory, on the default device.
 
     Args:
-      table: [R, D], from `pinned` or a NumPy array; always an argument of the program that calls this, never a constant
-        of it, or XLA would copy it.
-      indices: integers [N], in range.
+      table: [R, D], from `pinned`, or a NumPy array where the indices are known; always an argument of the program that
+        calls this, never a constant of it, or XLA would copy it.
+      indices: integers [N], in 0 .. R - 1, which is not checked.
+      form: for a pinned table "host", "device", or "auto" for the first of these that works here.
 
     Returns:
       [N, D] in the memory of the device.
+
+    Raises:
+      TypeError: for a NumPy array inside a program.
+      ValueError: for a form that is unknown or does not work here.
     """
+    if form not in ("auto", *FORMS):
+        raise ValueError(f"form={form!r} is unknown; there are auto, {', '.join(FORMS)}")
     if isinstance(table, np.ndarray):
-        return jnp.asarray(table[np.asarray(indices)])
-    return _take(table, indices)
+        if isinstance(indices, jax.core.Tracer):
+            raise TypeError("rows of a NumPy array cannot be taken inside a program; pin it, or take them before")
+        return jnp.asarray(np.take(table, np.asarray(indices), axis=0))
+    working = forms()
+    if form not in ("auto", *working) or not working:
+        raise ValueError(
+            f"form={form!r} does not work on {_device().platform}, where {', '.join(working) or 'none'} does; pass the "
+            "table as a NumPy array"
+        )
+    return _take(table, jnp.asarray(indices), working[0] if form == "auto" else form)
 
 
-@functools.partial(jax.jit, inline=True)
-def _take(table: jax.Array, indices: jax.Array) -> jax.Array:
-    # The indices must be in the memory of the table, and the gather is the host's.
-    on_host = jax.device_put(indices, jax.memory.Space.Host)
-    with compute_on("device_host"):
-        rows = table.at[on_host].get(mode="promise_in_bounds")
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _take(table: jax.Array, indices: jax.Array, form: str) -> jax.Array:
+    gather = _on_host(_rows) if form == "host" else _rows
+    # What is gathered from must be in one memory with the indices.
+    rows = gather(table, jax.device_put(indices, jax.memory.Space.Host))
     return jax.device_put(rows, jax.memory.Space.Device)
 
 
-def _sharding(kind: str) -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind=kind)
+def _on_host(function: Any) -> Any:
+    """A function of arrays in the host's memory that the host computes, inside a program of a device."""
+    # jax 0.11 gave the name to what 0.10 has with a number.
+    wrap = getattr(compute_on, "compute_on2", compute_on.compute_on)
+    return wrap(function, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
+
+
+def _rows(table: jax.Array, indices: jax.Array) -> jax.Array:
+    return table.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+@functools.cache
+def _working(device: jax.Device) -> tuple[str, ...]:
+    expected = np.arange(24, dtype=np.float32).reshape(6, 4)
+    indices = np.array([4, 0, 4], np.int32)
+    found = []
+    with jax.ensure_compile_time_eval(), jax.default_device(device):
+        for form in FORMS:
+            try:
+                rows = np.asarray(_take(pinned(expected), jnp.asarray(indices), form))
+            except Exception:  # compilers refuse in ways of their own
+                continue
+            if np.array_equal(rows, expected[indices]):
+                found.append(form)
+    return tuple(found)
+
+
+def _device() -> jax.Device:
+    """The default device: the one that is configured, or the first."""
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
+
+
+def _pinned_sharding() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(_device(), memory_kind=PINNED)

@@ -206,7 +206,7 @@ class Resident:
             moved = sum(leaf.nbytes for leaf in jax.tree.leaves((new, arrays)) if isinstance(leaf, np.ndarray))
             # Nobody writes to these any more, so that a device which is the host may read them where they are.
             sent = {group: jax.device_put((one.values, one.where), may_alias=True) for group, one in new.items()}
-            new = {group: New(*sent[group], one.spilled) for group, one in new.items()}
+            new = {group: one._replace(values=sent[group][0], where=sent[group][1]) for group, one in new.items()}
             arrays = jax.device_put(arrays, may_alias=True)
         except BaseException:
             if placed:  # rows that will never be in their places

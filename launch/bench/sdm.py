@@ -6,9 +6,9 @@ Peers are used where they are found: fio and a C compiler (the device's own ceil
 fbgemm-gpu-cpu of PyPI. Files lie in the folder of TMPDIR, which should be on the device in question.
 """
 
-from launch.bench import caches, layout, pooled, storage, suite, tiered
+from launch.bench import caches, layout, pooled, recommend, storage, suite, tiered
 
-CASES = {**storage.CASES, **caches.CASES, **pooled.CASES, **layout.CASES, **tiered.CASES}
+CASES = {**storage.CASES, **caches.CASES, **pooled.CASES, **layout.CASES, **tiered.CASES, **recommend.CASES}
 GPU = tuple(name for name in CASES if name.startswith("gpu"))
 
 if __name__ == "__main__":
