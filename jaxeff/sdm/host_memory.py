@@ -85,7 +85,7 @@ def _take(table: jax.Array, indices: jax.Array, form: str) -> jax.Array:
 def _on_host(function: Any) -> Any:
     """A function of arrays in the host's memory that the host computes, inside a program of a device."""
     # jax 0.11 gave the name to what 0.10 has with a number.
-    wrap = getattr(compute_on, "compute_on2", compute_on.compute_on)
+    wrap: Any = getattr(compute_on, "compute_on2", compute_on.compute_on)
     return wrap(function, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
 
 
