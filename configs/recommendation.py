@@ -26,6 +26,7 @@ def base(dataset: str) -> ConfigDict:
     # Memory is a share of the bytes of all tables: that of tables and rows that are in memory, and of the cache, which
     # has `cache_share` of it. `split_rows` keeps the most used rows of each table in memory, otherwise whole tables.
     config.memory = ConfigDict({"share": 0.1, "cache_share": 0.5, "split_rows": False, "pooled_share": 0.0})
+    # Queries have so many examples; the last `measured` of them are served one by one, for their latency.
     config.serving = ConfigDict(
         {"examples": 64, "depth": 2, "lookahead": 0, "reader": "auto", "queue_depth": 128, "measured": 100}
     )

@@ -2,15 +2,16 @@
 
 Covers jax 0.10 (Python 3.11) to 0.11 (Python 3.12), which changed two things in jaxprs: the closed and the open class
 became one, and `scan` says where its constants and carry lie through a pair of flat trees where it used to say it
-through two integers.
+through two integers. And `compute_on`, which was a context, is what `compute_on2` was.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
+from jax.experimental import compute_on
 from jax.extend import core
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "is_literal",
     "jaxpr_constants",
     "manual_axes",
+    "on_host",
     "result_like",
     "scan_operands",
     "vary",
@@ -60,6 +62,12 @@ def scan_operands(params: Mapping[str, Any]) -> tuple[int, int]:
 def manual_axes(params: Mapping[str, Any]) -> frozenset[str]:
     """Names the mesh axes over which a `shard_map` equation with these parameters splits its operands."""
     return frozenset(params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"])
+
+
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays in the host's memory that the host computes, also inside a program of a device."""
+    wrap: Any = getattr(compute_on, "compute_on2", compute_on.compute_on)
+    return wrap(function, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
 
 
 def has_side_effects(effects: Any) -> bool:

@@ -13,7 +13,7 @@ import optax
 
 from jaxeff import data, dlrm, sdm, training
 from jaxeff.dlrm import click_files, features, lookup
-from jaxeff.sdm import forecast, placement
+from jaxeff.sdm import figures, forecast, placement
 from jaxeff.sdm.figures import Span
 from launch import classifier
 
@@ -26,7 +26,7 @@ SECTIONS = {
     "memory": ("share", "cache_share", "split_rows", "pooled_share"),
     "serving": ("examples", "depth", "lookahead", "reader", "queue_depth", "measured"),
 }
-# Queries at the end of which the timeline is drawn, and sizes of caches for which hit rates are.
+# Queries of which the timeline is drawn, and sizes of caches for which hit rates are.
 SHOWN, SIZES = 12, 24
 
 
@@ -366,11 +366,11 @@ class Served(NamedTuple):
     Attributes:
       logits: float32 [examples], of all queries.
       qps: queries per second of the second half, fetched ahead.
-      latency: seconds of each measured query, alone.
+      latency: seconds of each query that was served alone.
       compute: seconds of these in the model.
       host: seconds of these in planning and caches, without reading.
       counters: of the queries that were fetched ahead.
-      spans: of the last queries.
+      spans: of the last of these.
       fast_bytes: memory of tables, rows and caches.
     """
 
@@ -385,16 +385,17 @@ class Served(NamedTuple):
 
 
 def served(config: Mapping[str, Any], found: Problem, params: Any, tiers: sdm.Tiers) -> Served:
-    """Serves all queries, fetched ahead, and then some of them one by one."""
+    """Serves queries, fetched ahead, and the last ones one by one, which the cache has not seen before."""
     section = config["serving"]
     score = lookup.scorer(found.architecture, found.bags, section["examples"])
     ahead = {"depth": section["depth"], "lookahead": section["lookahead"] if tiers.lookahead else 0}
+    alone = min(section["measured"], len(found.queries) // 2)
     for asked, dense in found.queries[:2]:  # compiles
         staged = tiers.fetch(tiers.plan(asked))
-        score(params, dense, staged.arrays, staged.layout).block_until_ready()
+        score(params, dense, staged.arrays, staged.layout)[0].block_until_ready()
     before = dataclasses.replace(tiers.counters)
     logits, stages = [], []
-    for staged, scores in lookup.serve(tiers, score, params, found.queries, **ahead):
+    for staged, scores in lookup.serve(tiers, score, params, found.queries[: len(found.queries) - alone], **ahead):
         logits.append(np.asarray(scores))
         stages.append((staged.started, staged.started + staged.fetched, time.perf_counter()))
     # Of the second half, when programs are compiled and the cache is warm.
@@ -402,21 +403,18 @@ def served(config: Mapping[str, Any], found: Problem, params: Any, tiers: sdm.Ti
     qps = (len(stages) - half) / (stages[-1][-1] - stages[half - 1][-1]) if half else 1 / (stages[0][-1] - stages[0][0])
     counters = tiers.counters.since(before)
     latency, compute, host = [], [], []
-    for asked, dense in found.queries[-section["measured"] :]:
+    for asked, dense in found.queries[len(found.queries) - alone :]:
         start = time.perf_counter()
         staged = tiers.fetch(tiers.plan(asked))
         fetched = time.perf_counter()
-        scores = score(params, dense, staged.arrays, staged.layout)
-        tiers.read_by(staged, scores)
-        scores.block_until_ready()
+        scores, pooled = score(params, dense, staged.arrays, staged.layout)
+        tiers.read_by(staged, pooled)
+        logits.append(np.asarray(scores))
         compute.append(time.perf_counter() - fetched)
         latency.append(time.perf_counter() - start)
         host.append(fetched - start - staged.read)
-    shown = stages[-SHOWN:]
-    first, done, spans = shown[0][0], 0.0, []
-    for number, (start, fetched, computed) in enumerate(shown):
-        spans.append(Span(number, "fetch", start - first, fetched - first))
-        spans.append(Span(number, "compute", max(fetched - first, done), done := computed - first))
+        tiers.remember(staged, pooled)
+    spans = figures.spans(stages[-SHOWN:])
     return Served(
         np.concatenate(logits), qps, np.array(latency), np.array(compute), np.array(host),
         counters, spans, tiers.fast_bytes,

@@ -144,11 +144,8 @@ print(f"hit rate {100 * counted.hit_rate:.0f} %, {counted.requests / counted.que
 print(f"queries a second: {QUERIES / 2 / seconds:.0f}, all in memory {QUERIES / 2 / memory_seconds:.0f}")
 
 # %%
-first, spans, done = stages[0][0], [], 0.0
-for number, (start, fetched, computed) in enumerate(stages):
-    spans.append(figures.Span(number, "fetch", start - first, fetched - first))
-    spans.append(figures.Span(number, "compute", max(fetched - first, done), done := computed - first))
-display(Image(figures.draw_timeline({"rows from files": spans}, FIGURES / "timeline.png"), width=760))
+timeline = {"rows from files": figures.spans(stages)}
+display(Image(figures.draw_timeline(timeline, FIGURES / "timeline.png"), width=760))
 
 # %% [markdown]
 # ## A new version, while the old one is served

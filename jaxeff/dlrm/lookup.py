@@ -6,6 +6,7 @@ share.
 Letters: B examples of a query, D numbers in a row, G bags, L entries of the longest, T tables.
 """
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -64,11 +65,11 @@ def per_example(pooled: jax.Array, bags: Sequence[int], examples: int) -> jax.Ar
     return pooled[where]
 
 
-Score = Callable[[Any, jax.Array, sdm.Arrays, Any], jax.Array]
+Score = Callable[[Any, Any, sdm.Arrays, Any], tuple[jax.Array, jax.Array]]
 
 
 def scorer(architecture: Architecture, bags: Sequence[int], examples: int) -> Score:
-    """A compiled function (params, dense [B, n_d], arrays, layout) -> logits float32 [B] of a staged query.
+    """A compiled function (params, dense [B, n_d], arrays, layout) -> (logits [B], vectors of the bags [G, D]).
 
     Args:
       architecture: of the model.
@@ -78,9 +79,10 @@ def scorer(architecture: Architecture, bags: Sequence[int], examples: int) -> Sc
     model = DLRM(architecture)
 
     @partial(jax.jit, static_argnames="layout")
-    def score(params: Any, dense: jax.Array, arrays: sdm.Arrays, layout: Any) -> jax.Array:
-        pooled = per_example(sdm.pool(arrays, layout), bags, examples)
-        return model.apply({"params": params}, dense, pooled)  # type: ignore[return-value]
+    def score(params: Any, dense: jax.Array, arrays: sdm.Arrays, layout: Any) -> tuple[jax.Array, jax.Array]:
+        pooled = sdm.pool(arrays, layout)
+        logits = model.apply({"params": params}, dense, per_example(pooled, bags, examples))
+        return logits, pooled  # type: ignore[return-value]
 
     return score
 
@@ -93,27 +95,45 @@ def serve(
     *,
     depth: int = 2,
     lookahead: int = 0,
-) -> Generator[tuple[sdm.Staged, jax.Array], None, None]:
+    deadline: float | None = None,
+    keep_going: bool = False,
+) -> Generator[tuple[sdm.Staged | sdm.Failed, jax.Array | None], None, None]:
     """Scores queries one after another, while the rows of the next ones are fetched.
+
+    Vectors of bags are kept for when the same bag is asked for again, if the tiers have a cache of them.
 
     Args:
       tiers: with the tables.
       score: of `scorer`.
       params: of the model without its tables.
       requests: queries, and the dense features [B, n_d] of each.
-      depth, lookahead: as of `jaxeff.sdm.stream`.
+      depth, lookahead, deadline, keep_going: as of `jaxeff.sdm.stream`.
 
     Yields:
-      Each query as it was staged, and its logits [B], perhaps not computed yet.
+      Each query as it was staged, and its logits [B], perhaps not computed yet; or, with `keep_going`, one that failed,
+      and None.
     """
-    dense: list[Any] = []
+    dense: deque[Any] = deque()
+    last: tuple[sdm.Staged, jax.Array] | None = None
 
     def asked() -> Generator[sdm.Query, None, None]:
         for query, features in requests:
             dense.append(features)
             yield query
 
-    for staged in sdm.stream(tiers, asked(), depth=depth, lookahead=lookahead):
-        logits = score(params, dense.pop(0), staged.arrays, staged.layout)
-        tiers.read_by(staged, logits)
+    options = {"depth": depth, "lookahead": lookahead, "deadline": deadline, "keep_going": keep_going}
+    for staged in sdm.stream(tiers, asked(), **options):  # type: ignore[arg-type]
+        features = dense.popleft()
+        if isinstance(staged, sdm.Failed):
+            yield staged, None
+            continue
+        logits, pooled = score(params, features, staged.arrays, staged.layout)
+        tiers.read_by(staged, pooled)
+        if tiers.vectors is not None:
+            # One query late, so that nobody waits for the program that has just begun.
+            if last is not None:
+                tiers.remember(*last)
+            last = staged, pooled
         yield staged, logits
+    if last is not None:
+        tiers.remember(*last)

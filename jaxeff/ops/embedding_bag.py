@@ -34,6 +34,8 @@ KINDS: tuple[str, ...] = ("float32", "float16", "bfloat16", "int8", "int4")
 # four, 1.46 by eight, 1.40 by all, whose program grows with the bag. Parts of 128 to 512 bags at a time gain nothing
 # over that, and a loop over bags takes twice as long.
 _UNROLL = 8
+# On a GPU a turn is a kernel that keeps its sums in registers, and between turns they go to memory and back.
+_UNROLL_GPU = 64
 
 Decode = Callable[[jax.Array], jax.Array]
 
@@ -86,15 +88,8 @@ def check_bags(bags: Bags, rows: int | np.ndarray, policy: str = "raise", dtype:
             f"rows: expected 1 to {most} to be indexed by {np.dtype(dtype)}, got {wrong}; a table of more rows cannot "
             "be one JAX array: split it, or keep it on disk and pass dtype=np.int64"
         )
-    indices, offsets = np.asarray(bags.indices), np.asarray(bags.offsets)
-    for name, array in (("indices", indices), ("offsets", offsets)):
-        if not np.issubdtype(array.dtype, np.integer) and array.size:
-            raise TypeError(f"{name}: expected integers, got {array.dtype}")
-        if array.ndim != 1:
-            raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")
-    offsets = offsets.astype(np.int64, copy=False)
-    _check_offsets(offsets, len(indices))
-    weights = None if bags.weights is None else _checked_weights(np.asarray(bags.weights), len(indices))
+    bags = well_formed(bags)
+    indices, offsets, weights = bags
     if limits.ndim:
         if limits.shape != (len(offsets) - 1,):
             raise ValueError(
@@ -118,6 +113,30 @@ def check_bags(bags: Bags, rows: int | np.ndarray, policy: str = "raise", dtype:
             offsets = np.concatenate([[0], np.cumsum(kept)])[offsets]
             indices, weights = indices[kept], None if weights is None else weights[kept]
     return Bags(indices.astype(dtype, copy=False), offsets, weights)
+
+
+def well_formed(bags: Bags) -> Bags:
+    """Bags whose offsets and weights belong to their ids, whatever table these are of.
+
+    Args:
+      bags: of any integer dtypes, arrays or lists.
+
+    Returns:
+      The same with int64 offsets and float32 weights, and ids as they are.
+
+    Raises:
+      TypeError, ValueError: as `check_bags`, but for ids out of range.
+    """
+    indices, offsets = np.asarray(bags.indices), np.asarray(bags.offsets)
+    for name, array in (("indices", indices), ("offsets", offsets)):
+        if not np.issubdtype(array.dtype, np.integer) and array.size:
+            raise TypeError(f"{name}: expected integers, got {array.dtype}")
+        if array.ndim != 1:
+            raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")
+    offsets = offsets.astype(np.int64, copy=False)
+    _check_offsets(offsets, len(indices))
+    weights = None if bags.weights is None else _checked_weights(np.asarray(bags.weights), len(indices))
+    return Bags(indices, offsets, weights)
 
 
 def padded(bags: Bags, length: int | None = None, fill: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -219,7 +238,9 @@ def pooled_lookup(
         axes |= compat.varying_axes(array) if array is not None else frozenset()
     start = compat.vary(jnp.zeros((indices.shape[0], dim), jnp.float32), axes)
     over = (jnp.arange(count), indices.T, None if weights is None else weights.T.astype(jnp.float32))
-    total, _ = lax.scan(add, start, over, unroll=max(1, min(_UNROLL, count)))
+    total, _ = lax.scan(
+        add, start, over, unroll=max(1, min(_UNROLL_GPU if jax.default_backend() == "gpu" else _UNROLL, count))
+    )
     total = jnp.where(valid.all(1)[:, None], total, jnp.nan)
     if mode == "mean":
         entries = jnp.full(indices.shape[:1], count) if lengths is None else lengths

@@ -13,17 +13,18 @@ from jaxeff.sdm.forecast import forecast_lru, forecast_warm_up, measure, trace_h
 from jaxeff.sdm.io.errors import DeadlineExceeded, ReadError, ShortRead
 from jaxeff.sdm.io.reader import Reader, open_reader
 from jaxeff.sdm.knapsack import OverBudget
-from jaxeff.sdm.layout import CompactRemap, Layout, blocks_per_row, optimise
+from jaxeff.sdm.layout import Layout, blocks_per_row, optimise
 from jaxeff.sdm.lookahead import LookAhead
-from jaxeff.sdm.lookups import Counters, Plan, Staged
+from jaxeff.sdm.lookups import Counters, Failed, Plan, Staged
 from jaxeff.sdm.pipeline import stream
 from jaxeff.sdm.placement import TIERS, Placement, RowSplit, place, split_rows
 from jaxeff.sdm.planner import Prediction, predict, with_hit_rates
 from jaxeff.sdm.pooled_cache import PooledCache
 from jaxeff.sdm.pooling import Arrays, pool
-from jaxeff.sdm.power import PUBLISHED, Host, Scenario, compare, scenario_table
+from jaxeff.sdm.power import Host, Scenario, compare, scenario_table
 from jaxeff.sdm.queries import Query, query
 from jaxeff.sdm.renewal import renewed
+from jaxeff.sdm.resident import Resident, Traffic
 from jaxeff.sdm.reuse import belady_hits, lru_curve, reuse_distances
 from jaxeff.sdm.row_cache import RowCache, row_keys
 from jaxeff.sdm.sharded import sharded_lookup
@@ -45,12 +46,12 @@ from jaxeff.sdm.writer import Writer, roll_back
 
 __all__ = [
     "Arrays",
-    "CompactRemap",
     "CorruptTable",
     "Counters",
     "DeadlineExceeded",
     "DeviceProfile",
     "DiskFull",
+    "Failed",
     "HitCurve",
     "Host",
     "KINDS",
@@ -59,7 +60,6 @@ __all__ = [
     "NoStore",
     "OverBudget",
     "PRESETS",
-    "PUBLISHED",
     "Placement",
     "Plan",
     "PooledCache",
@@ -67,6 +67,7 @@ __all__ = [
     "Query",
     "ReadError",
     "Reader",
+    "Resident",
     "RowCache",
     "RowFormat",
     "RowSplit",
@@ -81,6 +82,7 @@ __all__ = [
     "TableSpec",
     "Tiers",
     "TruncatedTable",
+    "Traffic",
     "UnifiedCache",
     "UnknownFormat",
     "WriteError",

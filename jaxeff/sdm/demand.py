@@ -140,13 +140,13 @@ def bus_rate(tables: Sequence[TableNeed], qps: float, block: int, packing: str =
       tables: of slow memory.
       qps: queries per second.
       block: g, bytes of the smallest read.
-      packing: of `blocks_per_row`.
+      packing: of `blocks_of_a_row`.
     """
     check_least("qps", qps)
-    return qps * block * sum(table.misses * blocks_per_row(table.row_bytes, block, packing) for table in tables)
+    return qps * block * sum(table.misses * blocks_of_a_row(table.row_bytes, block, packing) for table in tables)
 
 
-def blocks_per_row(row_bytes: int, block: int, packing: str = "dense") -> float:
+def blocks_of_a_row(row_bytes: int, block: int, packing: str = "dense") -> float:
     """Blocks that a row touches, on average over the rows of a table that starts with a block.
 
     Args:
@@ -158,7 +158,7 @@ def blocks_per_row(row_bytes: int, block: int, packing: str = "dense") -> float:
     Raises:
       ValueError: for sizes below 1 or another packing.
 
-    >>> blocks_per_row(128, 512), blocks_per_row(192, 512), blocks_per_row(192, 512, "block")
+    >>> blocks_of_a_row(128, 512), blocks_of_a_row(192, 512), blocks_of_a_row(192, 512, "block")
     (1.0, 1.25, 1.0)
     """
     _check_blocks(row_bytes, block, packing)
@@ -174,7 +174,7 @@ def read_amplification(row_bytes: int, block: int, packing: str = "dense") -> fl
     >>> read_amplification(128, 4096), read_amplification(128, 512)
     (32.0, 4.0)
     """
-    return blocks_per_row(row_bytes, block, packing) * block / row_bytes
+    return blocks_of_a_row(row_bytes, block, packing) * block / row_bytes
 
 
 def expected_reads(
@@ -189,13 +189,13 @@ def expected_reads(
       rows: R, of the table.
       row_bytes: d.
       block: g.
-      packing: of `blocks_per_row`.
+      packing: of `blocks_of_a_row`.
       longest: bytes of the longest request; as the reader has it.
 
     Raises:
-      ValueError: for more distinct rows than there are, or what `blocks_per_row` refuses.
+      ValueError: for more distinct rows than there are, or what `blocks_of_a_row` refuses.
     """
-    touched = blocks_per_row(row_bytes, block, packing)
+    touched = blocks_of_a_row(row_bytes, block, packing)
     if not 0 <= read <= rows or rows < 1 or longest < block:
         raise ValueError(
             f"read must be from 0 to rows and longest at least a block, got read={read}, rows={rows}, longest={longest}"
@@ -223,7 +223,7 @@ def updated_bytes(table: TableNeed, share: float, block: int, packing: str = "de
       table: of slow memory.
       share: of its rows that change; 1 for the whole table.
       block: bytes of the smallest write.
-      packing: of `blocks_per_row`.
+      packing: of `blocks_of_a_row`.
     """
     check_share("share", share)
     return expected_reads(share * table.rows, table.rows, table.row_bytes, block, packing).bytes

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.sdm.encoding import RowFormat, zero_row
-from jaxeff.sdm.loaded import _typed
+from jaxeff.sdm.loaded import typed
 from jaxeff.sdm.lookahead import LookAhead
 from jaxeff.sdm.row_cache import WAYS, RowCache
 from jaxeff.sdm.staging import aligned
@@ -66,7 +66,7 @@ class DeviceRows:
         self.form, self._directory = form, _directory(slots, bounds, ahead) if slots else None
         self._told = LookAhead(self._directory) if self._directory is not None and ahead else self._directory
         self.capacity = 0 if self._directory is None else self._directory.capacity
-        zero = _typed(zero_row(form)[None], form)
+        zero = typed(zero_row(form)[None], form)
         shape = self.capacity + 1 + spill, zero.shape[1]
         self.rows: jax.Array = jnp.zeros(shape, zero.dtype).at[self.capacity].set(zero[0])
 
@@ -78,19 +78,23 @@ class DeviceRows:
         if isinstance(self._told, LookAhead):
             self._told.expect(keys)
 
-    def find(self, keys: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    def find(self, keys: np.ndarray, mine: np.ndarray, number: int | None = None) -> np.ndarray:
         """Finds rows, and holds them until `release`.
 
         Args:
           keys: uint64 [U], no two alike.
           mine: bool [U], which of them may stay here.
+          number: under which they were announced, from 0 on; None if they were not.
 
         Returns:
           int64 [U], slots, or -1.
         """
         slots = np.full(len(keys), -1, np.int64)
-        if self._told is not None:
-            slots[mine] = self._told.lookup(keys[mine], hold=True)
+        if isinstance(told := self._told, LookAhead):
+            at = told.beside(keys[mine], hold=True) if number is None else told.lookup(keys[mine], number, hold=True)
+            slots[mine] = at
+        elif told is not None:
+            slots[mine] = told.lookup(keys[mine], hold=True)
         return slots
 
     def place(self, keys: np.ndarray, mine: np.ndarray, slots: np.ndarray) -> int:
@@ -143,7 +147,7 @@ class DeviceRows:
         # Padding goes nowhere, each to a place of its own.
         where = (_NOWHERE - np.arange(len(values))).astype(np.int32)
         where[at[positions >= 0]] = positions[positions >= 0]
-        return New(_typed(values, self.form), where, spilled)
+        return New(typed(values, self.form), where, spilled)
 
     def write(self, new: New) -> None:
         """Writes rows; the spill is doubled first where that is too small, for which all rows are copied once."""

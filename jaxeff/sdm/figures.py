@@ -35,6 +35,20 @@ class Span(NamedTuple):
     stop: float
 
 
+def spans(stages: Sequence[tuple[float, float, float]]) -> list[Span]:
+    """Spans of queries that were fetched ahead and computed one after another.
+
+    Args:
+      stages: of each query, when its rows began to be fetched, when they were there, and when it was computed, seconds.
+    """
+    found, done = [], 0.0
+    for number, (start, fetched, computed) in enumerate(stages):
+        start, fetched, computed = (moment - stages[0][0] for moment in (start, fetched, computed))
+        found += [Span(number, "fetch", start, fetched), Span(number, "compute", max(fetched, done), computed)]
+        done = computed
+    return found
+
+
 def draw_devices(
     devices: Sequence[DeviceProfile],
     path: str | os.PathLike[str],

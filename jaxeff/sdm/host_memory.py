@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import compute_on
+
+from jaxeff import compat
 
 PINNED = "pinned_host"
 FORMS = ("host", "device")
@@ -76,17 +77,10 @@ def take_rows(table: Any, indices: Any, form: str = "auto") -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def _take(table: jax.Array, indices: jax.Array, form: str) -> jax.Array:
-    gather = _on_host(_rows) if form == "host" else _rows
+    gather = compat.on_host(_rows) if form == "host" else _rows
     # What is gathered from must be in one memory with the indices.
     rows = gather(table, jax.device_put(indices, jax.memory.Space.Host))
     return jax.device_put(rows, jax.memory.Space.Device)
-
-
-def _on_host(function: Any) -> Any:
-    """A function of arrays in the host's memory that the host computes, inside a program of a device."""
-    # jax 0.11 gave the name to what 0.10 has with a number.
-    wrap: Any = getattr(compute_on, "compute_on2", compute_on.compute_on)
-    return wrap(function, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
 
 
 def _rows(table: jax.Array, indices: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ and the bisections from both.
 
 The candidates are fitted to the first part of a trace. The next part chooses among them, and the last part decides
 whether the best one is used at all: where it does not gain, as with hashed ids of rows that are read independently, the
-order stays as it is.
+order stays as it is. `jaxeff.sdm.reorder` stores a table in the order that was found.
 
 Letters: Q queries, n entries of all queries, R rows of the table, S rows that the first part reads, k rows of a block.
 """
@@ -32,13 +32,15 @@ class Layout(NamedTuple):
     """An order of the rows of a table.
 
     Attributes:
-      position: [R] int32 (int64 for more rows), the place of each row; None where the order stays as it is.
+      position: [R] int32 (int64 for more rows), the place of each row, so row i goes to position[i]; the inverse of
+        `order`. None where the order stays as it is.
       method: one of METHODS, or "none".
       before: blocks per unique row of a query in the held-out part, as the rows are.
       after: the same in the best order found, used or not.
       rows_moved: rows that the fitted part read and that were put in front; 0 where the order stays.
-      remap_bytes: fast memory that `position` takes when each look-up goes through it; `CompactRemap` takes less, and
-        ids that are renumbered at their source need none. 0 where the order stays.
+      remap_bytes: fast memory of a remap of the ids, 4 or 8 bytes for each row of the table whether it moved or not
+        (`Table.fast_bytes`): a table whose ids have a remap pays it already, and ids that are renumbered at their
+        source need none. 0 where the order stays.
     """
 
     position: np.ndarray | None
@@ -48,51 +50,10 @@ class Layout(NamedTuple):
     rows_moved: int
     remap_bytes: int
 
-
-class CompactRemap:
-    """The places of rows in little memory, where some are in front and the others keep their order behind.
-
-    One bit for each row says whether it is in front, and counts of those bits say which one of them it is: 3/16 byte
-    for each row and four for each in front, in place of four for each row.
-    """
-
-    def __init__(self, layout: Layout):
-        """Takes the places of a layout.
-
-        Raises:
-          ValueError: for a layout that leaves the order as it is.
-        """
-        if layout.position is None:
-            raise ValueError("the layout leaves rows in their order, so there is nothing to look up")
-        self._rows = len(layout.position)
-        in_front = layout.position < layout.rows_moved
-        bits = np.packbits(in_front, bitorder="little")
-        self._bits = np.pad(bits, (0, -len(bits) % 8)).view("<u8").astype(np.uint64, copy=False)
-        ones = np.bitwise_count(self._bits).astype(np.int64)
-        self._before = (np.cumsum(ones) - ones).astype(np.uint32)  # bits set in the words before
-        self._front = layout.position[in_front]
-
     @property
-    def nbytes(self) -> int:
-        """Fast memory that it takes."""
-        return self._bits.nbytes + self._before.nbytes + self._front.nbytes
-
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """The places int64 [n] of valid rows, integers [n].
-
-        Raises:
-          IndexError: for rows that are not in the table.
-        """
-        rows = np.asarray(rows, np.int64)
-        if rows.size and not (rows.min() >= 0 and rows.max() < self._rows):
-            raise IndexError(f"rows must be in 0..{self._rows - 1}, got {rows.min()}..{rows.max()}")
-        bits, bit = self._bits[rows >> 6], (rows & 63).astype(np.uint64)
-        before = self._before[rows >> 6] + np.bitwise_count(bits & ((np.uint64(1) << bit) - np.uint64(1)))
-        before = before.astype(np.int64)
-        in_front = (bits >> bit) & np.uint64(1) == 1
-        place = rows - before + len(self._front)
-        place[in_front] = self._front[before[in_front]]
-        return place
+    def order(self) -> np.ndarray | None:
+        """The rows in their new order, int64 [R]: row order[i] comes to place i. None where it stays as it is."""
+        return None if self.position is None else np.argsort(self.position)
 
 
 def blocks_per_row(

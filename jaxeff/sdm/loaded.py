@@ -9,12 +9,11 @@ import jax
 import numpy as np
 
 from jaxeff.sdm.encoding import RowFormat, zero_row
-from jaxeff.sdm.io.reader import Reader
-from jaxeff.sdm.staging import aligned, shared
+from jaxeff.sdm.staging import aligned, is_shared, shared
 from jaxeff.sdm.table import Store
 
-# Read at once.
-CHUNK_BYTES = 2**24
+# What int32 can number, with one row of zeros.
+MOST_ROWS = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,45 +35,51 @@ class Loaded:
         return np.where(rows < 0, len(self.rows) - 1, self.first[tables] + rows)
 
 
-def load(store: Store, reader: Reader, tables: np.ndarray, form: RowFormat) -> Loaded:
-    """Reads tables whole.
+def load(store: Store, tables: np.ndarray, form: RowFormat) -> Loaded:
+    """Reads tables whole, verifying them.
 
     Args:
       store: which has them.
-      reader: of its files.
       tables: int [t], which; all of one format.
       form: that format.
 
     Raises:
       ValueError: for more rows than int32 can number.
-      OSError: for what cannot be read.
+      jaxeff.sdm.StoreError: for files that are not what was written.
     """
     counts = np.array([store.tables[table].spec.rows for table in tables], np.int64)
-    if counts.sum() >= 2**31 - 1:
+    if counts.sum() >= MOST_ROWS:
         raise ValueError(f"{counts.sum():,} rows of one format in memory are more than int32 can number")
     first = np.zeros(len(store.tables), np.int64)
     first[tables] = np.concatenate([[0], np.cumsum(counts)[:-1]])
     rows = aligned((int(counts.sum()) + 1, form.row_bytes))
-    step = max(1, CHUNK_BYTES // form.row_bytes)
-    for table, count in zip(tables, counts, strict=True):
-        for start in range(0, count, step):
-            wanted = np.arange(start, min(start + step, count))
-            files, offsets = store.locate(np.full(len(wanted), table, np.int32), wanted)
-            reader.gather(files, offsets, form.row_bytes, rows[first[table] + start :][: len(wanted)])
+    for table in tables:
+        at = first[table]
+        for chunk in store.tables[table].stream():
+            rows[at : at + len(chunk)] = chunk
+            at += len(chunk)
     rows[-1] = zero_row(form)
-    return Loaded(first, rows, shared(_typed(rows, form)))
+    return Loaded(first, rows, shared(typed(rows, form)))
 
 
 class Buffer:
-    """Rows that are staged: `bytes` uint8 [size, row bytes] for the host, and `rows`, the same memory for JAX."""
+    """Rows that are staged: `bytes` uint8 [size, row bytes] for the host, and `array()` of them for JAX."""
 
     def __init__(self, shape: tuple[int, RowFormat]):
+        """Room for `size` rows of a format."""
         size, form = shape
         self.bytes = aligned((size, form.row_bytes))
         self.bytes[:] = zero_row(form)
-        self.rows = shared(_typed(self.bytes, form))
+        self._typed = typed(self.bytes, form)
+        self._shared = shared(self._typed)
+        # A device with memory of its own has a copy, and another JAX may not share: then rows are sent each time.
+        self._same = is_shared(self._shared, self._typed)
+
+    def array(self) -> jax.Array:
+        """The rows as they are now, on the default device."""
+        return self._shared if self._same else jax.device_put(self._typed, may_alias=False)
 
 
-def _typed(rows: np.ndarray, form: RowFormat) -> np.ndarray:
+def typed(rows: np.ndarray, form: RowFormat) -> np.ndarray:
     """Rows of float32 as such, others as bytes."""
     return rows.view(np.float32) if form.kind == "float32" else rows

@@ -4,8 +4,9 @@ A server that queues queries, and every training job, knows its next batches. An
 close to Belady's bound, which knows all of them; the idea of looking ahead for embedding rows is Bagpipe's
 (arXiv 2202.12429), the form is ours.
 
-Batches are numbered 0, 1, ... in the order of their look-ups. Every key of an announced batch points to its next use in
-the window; one sorted array tells where each key stands last, so that a batch is read once, when it is announced.
+Batches are numbered 0, 1, ... in the order in which they are announced and, but for those that do not come, looked up.
+Every key of an announced batch points to its next use in the window; one sorted array tells where each key stands last,
+so that a batch is read once, when it is announced.
 
 A window that names at least as many rows as the cache holds is enough to refuse what it does not name; then, and with
 four look-ups announced for each row of the cache, most of what separates LRU from Belady's bound is gained
@@ -54,7 +55,7 @@ class LookAhead:
     Attributes:
       cache: made with `ahead=True`; look-ups and insertions must go through this object.
       announced: number of the next batch to be announced.
-      begun: number of the next batch to be looked up.
+      begun: the number after that of the last batch that was looked up.
     """
 
     def __init__(self, cache: Foresighted):
@@ -101,15 +102,33 @@ class LookAhead:
         self.announced += 1
         return batch
 
-    def lookup(self, keys: np.ndarray, *, hold: bool = False) -> np.ndarray:
-        """Begins the next batch and finds its rows, as `RowCache.lookup`."""
-        batch = self.begun
-        self.begun += 1
-        if self.announced < self.begun:
-            self._append(np.empty(0, np.uint64))
-            self.announced = self.begun
-        self._forget(batch)
-        self.cache.advance(batch, choosy=len(self._known) >= self.cache.capacity)
+    def lookup(self, keys: np.ndarray, batch: int | None = None, *, hold: bool = False) -> np.ndarray:
+        """Begins a batch and finds its rows, as `RowCache.lookup`.
+
+        Args:
+          keys: uint64 [n], no two alike.
+          batch: the number under which they were announced; those before it that did not come are passed over, and one
+            that has begun before is a look-up `beside`. None for the next batch, announced or not.
+          hold: as of `RowCache.lookup`.
+
+        Raises:
+          ValueError: for a number that was not announced, and as `RowCache.lookup`.
+        """
+        if batch is None:
+            batch = self.begun
+            if batch == self.announced:
+                self._append(np.empty(0, np.uint64))
+                self.announced += 1
+        if batch >= self.announced:
+            raise ValueError(f"batch={batch} was not announced; {self.announced} were, from 0 on")
+        if batch >= self.begun:
+            self.begun = batch + 1
+            self._forget(batch)
+            self.cache.advance(batch, choosy=len(self._known) >= self.cache.capacity)
+        return self.beside(keys, hold=hold)
+
+    def beside(self, keys: np.ndarray, *, hold: bool = False) -> np.ndarray:
+        """Finds rows between the announced batches, as `RowCache.lookup`."""
         return self.cache.lookup(keys, self._next_uses(keys), hold=hold)
 
     def insert(self, keys: np.ndarray, rows: np.ndarray) -> np.ndarray:

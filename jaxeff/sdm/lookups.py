@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxeff.sdm import pooling
 from jaxeff.sdm.queries import Query
-from jaxeff.sdm.staging import Ring
+from jaxeff.sdm.staging import Place, Ring
 
 
 @dataclasses.dataclass
@@ -99,6 +99,8 @@ class Plan:
       needed: by number of the format, bags of other tables.
       vectors: float32 [V, D], of bags that were found whole; None without a cache of vectors.
       pooled_keys: uint64 [G, 2], by which it knows bags; None without it.
+      number: under which `Tiers.expect` announced it; None for a plan that was not announced.
+      resident: the same of `Resident.expect`.
     """
 
     asked: Query
@@ -108,6 +110,13 @@ class Plan:
     needed: tuple[tuple[int, Needed], ...]
     vectors: np.ndarray | None
     pooled_keys: np.ndarray | None
+    number: int | None = None
+    resident: int | None = None
+
+    @property
+    def bags(self) -> list[int]:
+        """Bags of each entry of `memory`, and then of `needed`."""
+        return [len(asked.tables) for _, asked in self.memory] + [len(one.asked.tables) for _, one in self.needed]
 
     @property
     def keys(self) -> np.ndarray:
@@ -120,8 +129,8 @@ class Staged:
     """A query whose rows are at hand; made by `Tiers.fetch`.
 
     Attributes:
-      arrays: what a program takes; on CPU it reads the tiers' own buffers, so it must be done before so many later
-        queries were fetched as `Tiers` has buffers. `Tiers.pool` sees to that.
+      arrays: what a program takes; on CPU it reads the tiers' own buffers, so it must be called before so many later
+        queries were fetched as `Tiers` has buffers. `Tiers.pool` and `Tiers.read_by` see to that.
       layout: the static part.
       counters: what this query took.
       started: when fetching began, in seconds of `time.perf_counter`.
@@ -137,4 +146,17 @@ class Staged:
     read: float
     fetched: float
     plan: Plan
-    places: tuple[tuple[Ring, int], ...]
+    places: tuple[tuple[Ring, Place], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Failed:
+    """A query whose rows could not be brought, in a stream that keeps going.
+
+    Attributes:
+      plan: of the query.
+      error: why.
+    """
+
+    plan: Plan
+    error: Exception

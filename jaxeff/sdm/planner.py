@@ -159,7 +159,7 @@ def predict(
       depth: most reads outstanding.
       streams: queries that fetch at the same time.
       block: bytes of the smallest read; None for the granularity of the device.
-      packing: of rows in blocks, as of `blocks_per_row`.
+      packing: of rows in blocks, as of `blocks_of_a_row`.
       overlap: whether the rows of the next query are fetched while one is computed.
       bus_bytes_per_second: of the bus of the device.
       sla_seconds: that a query may take at most; None for no such bound.
@@ -169,7 +169,7 @@ def predict(
       The prediction. A host that an agreement of `sla_seconds` can never meet has a latency bound of 0.
 
     Raises:
-      ValueError: for negative times or rates, depth or streams below 1, or what `blocks_per_row` refuses.
+      ValueError: for negative times or rates, depth or streams below 1, or what `blocks_of_a_row` refuses.
     """
     for name, value in (("compute_seconds", compute_seconds), ("independent_seconds", independent_seconds)):
         check_least(name, value)

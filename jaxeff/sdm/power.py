@@ -268,7 +268,7 @@ def wear(
     Args:
       drive: their profile.
       drives: that share the writes.
-      update_bytes: of one update of the host; `planner.updated_bytes` for changed rows alone.
+      update_bytes: of one update of the host; `demand.updated_bytes` for changed rows alone.
       interval_seconds: between updates.
       write_amplification: bytes that the medium writes for each byte of an update.
       rated_years: for which the drive's rating holds: vendors' data sheets mostly say five.

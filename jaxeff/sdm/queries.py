@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxeff.ops.embedding_bag import Bags, check_bags
+from jaxeff.ops.embedding_bag import Bags, check_bags, well_formed
 
 
 class Query(NamedTuple):
@@ -45,11 +45,20 @@ def query(bags: Sequence[Bags], tables: Sequence[int] | None = None) -> Query:
       tables: number of the table of each entry of `bags`; None for 0, 1, ...
 
     Raises:
-      ValueError: if some tables have weights and others none, or `tables` is of another length.
+      ValueError: if some tables have weights and others none, `tables` is of another length, or offsets or weights of a
+        table are wrong, as of `jaxeff.ops.embedding_bag.well_formed`.
+      TypeError: for ids or offsets that are not integers.
     """
     tables = range(len(bags)) if tables is None else tables
     if len(tables) != len(bags):
         raise ValueError(f"tables must name one table for each of the {len(bags)} entries of bags, got {len(tables)}")
+    checked_bags = []
+    for table, one in zip(tables, bags, strict=True):
+        try:
+            checked_bags.append(well_formed(one))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"table {table}: {error}") from None
+    bags = checked_bags
     weighted = {one.weights is not None for one in bags if len(one.indices)}
     if len(weighted) > 1:
         raise ValueError("some bags have weights and others none; give weights of 1 to the others")
@@ -75,8 +84,13 @@ def checked(asked: Query, rows: np.ndarray, policy: str = "raise") -> Query:
       policy: of ids out of range, as in `jaxeff.ops.embedding_bag.check_bags`.
 
     Raises:
+      TypeError: for tables that are not integers, and as `check_bags`.
       ValueError: for a table that does not exist, one table for fewer or more bags than there are, and as `check_bags`.
     """
+    tables = np.asarray(asked.tables)
+    if tables.ndim != 1 or (len(tables) and not np.issubdtype(tables.dtype, np.integer)):
+        raise TypeError(f"tables: expected integers [G], got {tables.dtype} {tables.shape}")
+    asked = asked._replace(tables=tables.astype(np.int32, copy=False))
     if len(asked.tables) != len(asked.offsets) - 1:
         raise ValueError(f"tables names {len(asked.tables)} bags, but offsets has {len(asked.offsets) - 1}")
     if len(asked.tables) and not (0 <= asked.tables.min() and asked.tables.max() < len(rows)):
@@ -87,8 +101,10 @@ def checked(asked: Query, rows: np.ndarray, policy: str = "raise") -> Query:
 
 
 def sorted_bags(asked: Query) -> Query:
-    """The same query with the ids of every bag in ascending order, so that equal bags are summed in equal order."""
-    order = np.lexsort((asked.indices, bag_of_lookup(asked)))
+    """The same query with the look-ups of every bag in ascending order: equal bags are summed in equal order."""
+    # Of look-ups with one id, those of the lower bits of the weight first.
+    bits = np.zeros(len(asked.indices), np.uint32) if asked.weights is None else asked.weights.view(np.uint32)
+    order = np.lexsort((bits, asked.indices, bag_of_lookup(asked)))
     weights = None if asked.weights is None else asked.weights[order]
     return asked._replace(indices=asked.indices[order], weights=weights)
 

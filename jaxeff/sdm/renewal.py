@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jaxeff.sdm.row_cache import split_keys
 from jaxeff.sdm.table import open_store
 from jaxeff.sdm.tiers import Tiers
 
@@ -25,34 +26,32 @@ def renewed(tiers: Tiers) -> Tiers | None:
     if tiers.store.newer() is None:
         return None
     store = open_store(tiers.store.folder)
+    fresh = None
     try:
         fresh = Tiers(store, **tiers.settings)
+        fresh.warm(*_cached(tiers, fresh))
     except BaseException:
+        if fresh is not None:
+            fresh.close()
         store.close()
         raise
-    fresh.warm(*_cached(tiers))
     return fresh
 
 
-def _cached(tiers: Tiers) -> tuple[np.ndarray, np.ndarray]:
-    """Tables and ids of the rows in a cache, those in use first."""
+def _cached(old: Tiers, new: Tiers) -> tuple[np.ndarray, np.ndarray]:
+    """Tables and ids of the rows in a cache that a new version has, too, those in use first."""
     tables, ids = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for cache in tiers.cache.caches.values() if tiers.cache is not None else ():
+    numbers = {table.spec.name: number for number, table in enumerate(new.store.tables)}
+    for cache in old.cache.caches.values() if old.cache is not None else ():
         keys, slots = cache.contents()
-        keys = keys[np.argsort(~cache.in_use(slots), kind="stable")]
-        of, rows = (keys >> np.uint64(40)).astype(np.int64), (keys & np.uint64(2**40 - 1)).astype(np.int64)
-        for number, table in enumerate(tiers.store.tables):
-            if table.remap is not None:
-                mine = of == number
-                rows[mine] = _ids(table.remap, table.spec.rows)[rows[mine]]
-        tables.append(of[rows >= 0])
-        ids.append(rows[rows >= 0])
+        of, rows = split_keys(keys[np.argsort(~cache.in_use(slots), kind="stable")])
+        now = np.full(len(of), -1, np.int64)
+        for number, table in enumerate(old.store.tables):
+            mine = of == number
+            rows[mine] = old.remaps.ids(number, rows[mine])
+            now[mine] = numbers.get(table.spec.name, -1)
+        kept = (rows >= 0) & (now >= 0)
+        kept &= rows < new.rows[np.where(now >= 0, now, 0)]
+        tables.append(now[kept])
+        ids.append(rows[kept])
     return np.concatenate(tables), np.concatenate(ids)
-
-
-def _ids(remap: np.ndarray, rows: int) -> np.ndarray:
-    """The id of every row, int64 [rows], -1 for one that no id has."""
-    found = np.full(rows, -1, np.int64)
-    kept = np.flatnonzero(remap >= 0)
-    found[remap[kept]] = kept
-    return found

@@ -15,19 +15,19 @@ Letters: G bags, U distinct rows.
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Generator, Iterable
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxeff.sdm import pipeline, pooling
 from jaxeff.sdm.device_rows import DeviceRows, New
-from jaxeff.sdm.lookups import Counters, Needed, Plan, Staged
+from jaxeff.sdm.lookups import Needed, Plan, Staged
 from jaxeff.sdm.placement import TIERS
 from jaxeff.sdm.queries import Query
-from jaxeff.sdm.row_cache import row_keys
-from jaxeff.sdm.tiers import Tiers, _of_keys
+from jaxeff.sdm.row_cache import row_keys, split_keys
+from jaxeff.sdm.tiers import Tiers
 
 # Rows of each format; with fewer there are no sets to speak of.
 LEAST_ROWS = 16
@@ -138,7 +138,7 @@ class Resident:
             DeviceRows(form, count, spill, bounds, ahead=tiers.lookahead)
             for form, count in zip(tiers.formats, slots, strict=True)
         ]
-        self._fetched = self._written = 0
+        self._fetched = self._written = self._announced = 0
         self._pending: deque[StagedRows] = deque()
 
     @property
@@ -170,11 +170,16 @@ class Resident:
         """As `Tiers.plan`."""
         return self.tiers.plan(asked)
 
-    def expect(self, plan: Plan) -> None:
-        """Says that a plan will be fetched after those of before, for what stays on the device and on the host."""
-        self.tiers.expect(plan)
-        for group, needed in plan.needed:
-            self.formats[group].expect(needed.keys[self._cached[needed.tables]])
+    def expect(self, plan: Plan) -> Plan:
+        """As `Tiers.expect`, for what stays on the device and on the host."""
+        keys = {group: needed.keys[self._cached[needed.tables]] for group, needed in plan.needed}
+        for group, rows in enumerate(self.formats):
+            rows.expect(keys.get(group, np.zeros(0, np.uint64)))
+        return dataclasses.replace(self.tiers.expect(plan), resident=self._announce())
+
+    def _announce(self) -> int:
+        self._announced += 1
+        return self._announced - 1
 
     def fetch(self, plan: Plan, deadline: float | None = None) -> StagedRows:
         """Finds the rows that are not on the device, brings them, and sends them off.
@@ -184,25 +189,41 @@ class Resident:
           deadline: seconds from now in which reading must end.
 
         Raises:
-          jaxeff.sdm.io.DeadlineExceeded, jaxeff.sdm.io.ReadError: as `Tiers.fetch`; what is resident is as before.
+          jaxeff.sdm.DeadlineExceeded, jaxeff.sdm.ReadError: as `Tiers.fetch`; what is resident is as before.
         """
-        started = time.perf_counter()
-        counters, placed = dataclasses.replace(plan.counters), False
+        with self.tiers.exclusively():
+            return self._fetch(plan, deadline)
+
+    def _fetch(self, plan: Plan, deadline: float | None) -> StagedRows:
+        started, placed = time.perf_counter(), False
         mine = [self._cached[needed.tables] for _, needed in plan.needed]
         try:
-            positions = [self.formats[g].find(one.keys, m) for (g, one), m in zip(plan.needed, mine, strict=True)]
+            positions = [
+                self.formats[group].find(needed.keys, which, plan.resident)
+                for (group, needed), which in zip(plan.needed, mine, strict=True)
+            ]
             missed = [np.flatnonzero(at < 0) for at in positions]
             below = tuple((g, _only(one, which)) for (g, one), which in zip(plan.needed, missed, strict=True))
-            counters.unique = sum(map(len, missed))
-            brought, read = self._bring(dataclasses.replace(plan, needed=below), counters, started, deadline)
+            unique = sum(map(len, missed))
+            values: list[np.ndarray] = []
+
+            def take(group: int, count: int) -> np.ndarray:
+                values.append(self.formats[group].buffer(count))
+                return values[-1]
+
+            asked = dataclasses.replace(plan.counters, unique=unique)
+            rest = dataclasses.replace(plan, needed=below, counters=asked)
+            which, counters, read = self.tiers.bring(rest, take, deadline)
             # Places are given only now that reading cannot fail any more.
             placed, new = True, {}
             for i, (group, needed) in enumerate(plan.needed):
                 rows = self.formats[group]
                 spilled = rows.place(needed.keys, mine[i] & self.update, positions[i])
                 if len(missed[i]):
-                    new[group] = rows.new(*brought[i], positions[i][missed[i]], spilled)
-            arrays, layout, groups = self._assembled(plan, positions)
+                    new[group] = rows.new(values[i], which[i], positions[i][missed[i]], spilled)
+            zeros = [self.formats[group].capacity for group, _ in plan.needed]
+            arrays, layout = self.tiers.assembled(plan, [(None, *at) for at in zip(positions, zeros, strict=True)])
+            groups = (*(None for _ in plan.memory), *(group for group, _ in plan.needed))
             moved = sum(leaf.nbytes for leaf in jax.tree.leaves((new, arrays)) if isinstance(leaf, np.ndarray))
             # Nobody writes to these any more, so that a device which is the host may read them where they are.
             sent = {group: jax.device_put((one.values, one.where), may_alias=True) for group, one in new.items()}
@@ -216,59 +237,17 @@ class Resident:
         finally:
             for rows in self.formats:
                 rows.release()
-        unique, host_hits = plan.counters.unique, counters.hits + counters.pinned
-        traffic = Traffic(1, unique, unique - counters.unique, host_hits, counters.reads, moved)
+        found, host_hits = plan.counters.unique, counters.hits + counters.pinned
+        traffic = Traffic(1, found, found - unique, host_hits, counters.reads, moved)
         self.tiers.counters.add(counters)
         self.traffic.add(traffic)
-        fetched, number = time.perf_counter() - started, self._fetched
+        fetched, order = time.perf_counter() - started, self._fetched
         staged = StagedRows(
-            arrays, layout, counters, started, read, fetched, plan, (), number, new, groups, traffic
+            arrays, layout, counters, started, read, fetched, plan, (), order, new, groups, traffic
         )  # fmt: skip
         self._fetched += 1
         self._pending.append(staged)
         return staged
-
-    def _bring(
-        self, plan: Plan, counters: Counters, started: float, deadline: float | None
-    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], float]:
-        """Rows of a plan, of each format uint8 [M, row bytes], which of them each key has, and seconds of reading."""
-        brought, read = [], 0.0
-        for (group, needed), slots in zip(plan.needed, self.tiers._slots(plan), strict=True):
-            values = self.formats[group].buffer(len(slots))
-            left = None if deadline is None else deadline - (time.perf_counter() - started)
-            which, seconds = self.tiers._fill(group, needed, slots, values[: len(slots)], counters, left)
-            brought.append((values, which))
-            read += seconds
-        return brought, read
-
-    def _assembled(
-        self, plan: Plan, positions: Sequence[np.ndarray]
-    ) -> tuple[pooling.Arrays, pooling.Layout, tuple[int | None, ...]]:
-        """What a program takes but for the resident rows, and the format of these in each part."""
-        tiers = self.tiers
-        parts: list[pooling.Part] = []
-        groups: list[int | None] = []
-        for group, asked in plan.memory:
-            loaded, tables = tiers._in_memory(group), np.repeat(asked.tables, asked.lengths)
-            at = loaded.positions(tables, tiers._positions(tables, asked.indices))
-            parts.append(tiers._part(("memory", group), loaded.array, at, len(loaded.rows) - 1, asked))
-            groups.append(None)
-        for (group, needed), where in zip(plan.needed, positions, strict=True):
-            zero = self.formats[group].capacity
-            at = np.append(where, zero)[needed.inverse]
-            parts.append(tiers._part(("resident", group), cast(jax.Array, None), at, zero, needed.asked))
-            groups.append(group)
-        ready = np.zeros((0, tiers.dim), np.float32) if plan.vectors is None else plan.vectors
-        size = tiers._bucket("ready", len(ready)) if len(ready) else 0
-        ready = np.concatenate([ready, np.zeros((size - len(ready), tiers.dim), np.float32)])
-        order, start, done = plan.order.copy(), 0, 0
-        bags = [len(asked.tables) for _, asked in plan.memory] + [len(one.asked.tables) for _, one in plan.needed]
-        for part, count in zip(parts, bags, strict=True):
-            order[(plan.order >= done) & (plan.order < done + count)] += start - done
-            done, start = done + count, start + tiers._bags_of(part)
-        order[plan.order >= done] += start - done
-        formats = [tiers.formats[group] for group, _ in (*plan.memory, *plan.needed)]
-        return pooling.Arrays(tuple(parts), ready, order), pooling.Layout(tuple(formats), tiers.mode), tuple(groups)
 
     # ---- on the device -----------------------------------------------------------------------------------------------
 
@@ -318,11 +297,18 @@ class Resident:
         return pooled
 
     def stream(
-        self, asked: Iterable[Query], *, depth: int = 2, lookahead: int = 0, deadline: float | None = None
-    ) -> Generator[StagedRows, None, None]:
+        self,
+        asked: Iterable[Query],
+        *,
+        depth: int = 2,
+        lookahead: int = 0,
+        deadline: float | None = None,
+        keep_going: bool = False,
+    ) -> Generator[Any, None, None]:
         """As `jaxeff.sdm.stream`: yields queries in order, and fetches the next ones meanwhile."""
-        source = pipeline.stream(cast(Tiers, self), asked, depth=depth, lookahead=lookahead, deadline=deadline)
-        return cast(Generator[StagedRows, None, None], source)
+        return pipeline.stream(
+            self, asked, depth=depth, lookahead=lookahead, deadline=deadline, keep_going=keep_going
+        )  # fmt: skip
 
     def warm(self, tables: np.ndarray, ids: np.ndarray, batch: int = 4096) -> int:
         """Makes rows resident, the most important first, without counting them as asked for.
@@ -338,18 +324,19 @@ class Resident:
         if self._pending:
             self.arrays(self._pending[-1])
         tables = np.asarray(tables)
-        of_table = self.tiers._positions(tables, np.asarray(ids, np.int64))
+        of_table = self.tiers.remaps.rows(tables, np.asarray(ids, np.int64))
         wanted = (of_table >= 0) & self._cached[tables]
         distinct, first = np.unique(row_keys(tables[wanted], of_table[wanted]), return_index=True)
         keys, kept = distinct[np.argsort(first)], 0
-        groups = self.tiers.group[_of_keys(keys)[0]]
+        groups = self.tiers.group[split_keys(keys)[0]]
         for group, rows in enumerate(self.formats):
             mine = keys[groups == group][: rows.capacity]
             for start in range(0, len(mine), batch):
                 some = mine[start : start + batch]
                 values = rows.buffer(len(some))
-                where = self.tiers.store.locate(*_of_keys(some))
-                self.tiers.reader.gather(*where, rows.form.row_bytes, values[: len(some)])
+                where = self.tiers.store.locate(*split_keys(some))
+                with self.tiers.exclusively():
+                    self.tiers.reader.gather(*where, rows.form.row_bytes, values[: len(some)])
                 slots = rows.warm(some)
                 rows.write(rows.new(values, np.arange(len(some)), slots, 0))
                 kept += int((slots >= 0).sum())

@@ -21,7 +21,7 @@ from jaxeff.ops.embedding_bag import pooled_lookup
 METHODS = ("all_to_all", "reduce_scatter")
 
 
-def pad_rows(table: jax.Array, parts: int) -> jax.Array:
+def padded_table(table: jax.Array, parts: int) -> jax.Array:
     """A table [R, D] with rows of zeros behind it, so that it splits into so many equal ranges."""
     return jnp.pad(table, ((0, -len(table) % parts), (0, 0)))
 
@@ -65,14 +65,16 @@ def sharded_lookup(
 
     Returns:
       A function (table [R, D], indices int32 [B, L], lengths int32 [B] or None, weights float32 [B, L] or None) ->
-      (float32 [B, D], int32 [] look-ups that were lost); R and B are multiples of the number of devices. It may be
-      called inside jit.
+      (float32 [B, D], int32 [] look-ups that were lost); R and B are multiples of the number of devices. An id that is
+      out of range makes its bag NaN. It may be called inside jit.
 
     Raises:
       ValueError: for an unknown method or axis, a capacity of less than 1 or for the other method; and by the function
         for shapes that do not split.
     """
     _known(method)
+    if any(kind is jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
+        raise ValueError("mesh: its axes must be left to the compiler; make it by jaxeff.parallel.mesh")
     if axis not in mesh.shape:
         raise ValueError(f"axis={axis!r} is not an axis of the mesh, which has {', '.join(mesh.shape)}")
     if capacity is not None and (method != "all_to_all" or capacity < 1):
@@ -93,7 +95,10 @@ def sharded_lookup(
         def on_device(table, indices, inside, weight):
             return local(table, indices, inside, weight, axis=axis, parts=parts)
 
-        pooled, lost = on_device(table, indices, inside, weight)
+        # As in a look-up on one device: an id out of range makes its bag NaN, and nothing else.
+        outside = inside & ((indices < 0) | (indices >= len(table)))
+        pooled, lost = on_device(table, indices, inside & ~outside, weight)
+        pooled = jnp.where(outside.any(1)[:, None], jnp.nan, pooled)
         if mode == "mean":
             pooled = pooled / jnp.maximum(length, 1)[:, None].astype(pooled.dtype)
         return pooled, lost

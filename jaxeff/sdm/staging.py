@@ -6,7 +6,7 @@ from it is done.
 
 import mmap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,6 +26,25 @@ def shared(array: np.ndarray) -> jax.Array:
     return jax.device_put(array, may_alias=True)
 
 
+def is_shared(array: jax.Array, host: np.ndarray) -> bool:
+    """Whether an array on a device is the memory of an array of the host."""
+    if len(array.devices()) != 1 or next(iter(array.devices())).platform != "cpu":
+        return False
+    return array.unsafe_buffer_pointer() == host.ctypes.data
+
+
+class Place(NamedTuple):
+    """A buffer that was handed out.
+
+    Attributes:
+      number: of the place in the ring.
+      turn: how often it was handed out.
+    """
+
+    number: int
+    turn: int
+
+
 class Ring:
     """Buffers in turn, each an object of `make`, made anew where what is asked for does not fit."""
 
@@ -35,27 +54,46 @@ class Ring:
             raise ValueError(f"a ring needs 3 buffers or more, got {size}: one is filled while others are read")
         self._make = make
         self._buffers: list[tuple[Any, Any]] = [(None, None)] * size
-        self._readers: list[Any] = [None] * size
+        self._readers: list[list[Any]] = [[] for _ in range(size)]
+        self._turns = [0] * size
         self._next = 0
 
-    def take(self, shape: Any) -> tuple[int, Any]:
+    def take(self, shape: Any) -> tuple[Place, Any]:
         """The next buffer, which nobody reads any more.
 
         Args:
           shape: what `make` makes a buffer of.
 
         Returns:
-          Number of the place in the ring, and the buffer.
-        """
-        place = self._next
-        self._next = (place + 1) % len(self._buffers)
-        if self._readers[place] is not None:
-            jax.block_until_ready(self._readers[place])
-            self._readers[place] = None
-        if self._buffers[place][0] != shape:
-            self._buffers[place] = (shape, self._make(shape))
-        return place, self._buffers[place][1]
+          Which buffer it is, and the buffer.
 
-    def read_by(self, place: int, results: Any) -> None:
-        """Says what was computed from the buffer at a place; the buffer is not handed out before that is done."""
-        self._readers[place] = results
+        Raises:
+          RuntimeError: if what was computed from it was donated, so that nobody can know when that was done.
+        """
+        number = self._next
+        self._next = (number + 1) % len(self._buffers)
+        readers, self._readers[number] = self._readers[number], []
+        for leaf in jax.tree.leaves(readers):
+            if isinstance(leaf, jax.Array) and leaf.is_deleted():
+                raise RuntimeError(
+                    "what was computed from a staged query was donated to another program; give read_by a result that "
+                    "is not"
+                )
+        jax.block_until_ready(readers)
+        if self._buffers[number][0] != shape:
+            self._buffers[number] = (shape, self._make(shape))
+        self._turns[number] += 1
+        return Place(number, self._turns[number]), self._buffers[number][1]
+
+    def read_by(self, place: Place, results: Any) -> None:
+        """Says what was computed from a buffer, which is not handed out again before that is done.
+
+        Raises:
+          RuntimeError: if it was handed out again already.
+        """
+        if self._turns[place.number] != place.turn:
+            raise RuntimeError(
+                f"a staged query is read after {len(self._buffers)} others were fetched, which took its buffer; pool "
+                "each query before asking for the next, or open the tiers with more buffers"
+            )
+        self._readers[place.number].append(results)

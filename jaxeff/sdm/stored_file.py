@@ -94,8 +94,8 @@ class StoredFile:
                 raise CorruptTable(
                     f"{self.path}: the header of {what} is damaged; restore the file, or open another version"
                 )
-            last = len(self.checksums) - 1
-            wanted = range(last + 1) if everything else sorted({0, last} - {-1})
+            every = range(len(self.checksums))
+            wanted = every if everything else sorted({*every[:1], *every[-1:]})
             for _ in self._chunks(file, what, wanted):
                 pass
 

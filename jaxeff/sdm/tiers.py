@@ -10,7 +10,7 @@ Letters: G bags, N row look-ups, T tables, U distinct rows.
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,31 +18,30 @@ import jax
 import numpy as np
 
 from jaxeff.ops import embedding_bag
-from jaxeff.sdm import pooling, queries
+from jaxeff.sdm import holdings, pooling, queries
+from jaxeff.sdm.assembly import Assembler
 from jaxeff.sdm.encoding import decode, zero_row
 from jaxeff.sdm.io.files import Direct
 from jaxeff.sdm.io.reader import Backend, Reader, open_reader
 from jaxeff.sdm.loaded import Buffer, Loaded, load
 from jaxeff.sdm.lookahead import LookAhead
 from jaxeff.sdm.lookups import Counters, Needed, Plan, Staged
-from jaxeff.sdm.pinned_rows import PinnedRows
 from jaxeff.sdm.placement import TIERS
 from jaxeff.sdm.pooled_cache import PooledCache
 from jaxeff.sdm.queries import Query
-from jaxeff.sdm.row_cache import row_keys
+from jaxeff.sdm.remaps import Remaps
+from jaxeff.sdm.row_cache import row_keys, split_keys
 from jaxeff.sdm.staging import Ring
 from jaxeff.sdm.table import Store
-from jaxeff.sdm.unified_cache import UnifiedCache
 
 BUFFERS = 4
-# Rows of each size; a smaller cache is not worth its metadata.
-SMALLEST_CACHE = 64
+MODES = ("sum", "mean")
 
 
 class Tiers:
     """Look-ups of a store whose tables lie in several tiers.
 
-    One thread plans and fetches; `pool` may be called by another. Close it, or use it in a `with` block.
+    Threads that fetch wait for each other; `pool` may be called by another one. Close it, or use it in a `with` block.
     """
 
     def __init__(
@@ -69,14 +68,14 @@ class Tiers:
         Args:
           store: the tables; it must stay open.
           placement: a tier of `TIERS` for every table by name, or one for all.
-          cache_bytes: memory for cached rows and what is kept about them, over all tables.
+          cache_bytes: memory for cached rows and what is kept about them, over all tables; 0 for none.
           pinned: by table that is not in memory, ids of rows that are, int [n]: the most used ones, as of
             `jaxeff.sdm.split_rows` and `jaxeff.sdm.placement.hottest`.
           lookahead: whether the cache can be told of queries before they are fetched, by `expect`, at 4 bytes a row.
           pooled_bytes: memory for vectors of whole bags; 0 for none. Bags are then summed in ascending order of ids.
           pooled_threshold: look-ups of a bag from which on its vector is kept; shorter ones are cheap.
           reader: of `jaxeff.sdm.io.open_reader`.
-          queue_depth: reads in flight at most.
+          queue_depth: reads in flight at most, of all files together; a store lies on one device.
           direct: whether reads pass by the page cache.
           policy: of ids out of range: "raise", "drop" or "hash".
           mode: of pooling, "sum" or "mean".
@@ -85,110 +84,74 @@ class Tiers:
           buffers: queries that may be staged at once, at least 3.
 
         Raises:
-          ValueError: for a tier, table, mode or form that does not exist, tables of different dimensions, or a budget
-            below 0.
+          ValueError: for a tier, table, mode, policy or form that does not exist, tables of different dimensions, or a
+            budget that is negative or too small for a cache.
+          jaxeff.sdm.StoreError: for tables in memory that are damaged; they are verified as they are read.
           OSError: for files that cannot be read.
         """
         settings = locals()
         # For tiers of the next version of the store.
         self.settings = {name: value for name, value in settings.items() if name not in ("self", "store")}
-        names = [table.spec.name for table in store.tables]
+        specs = [table.spec for table in store.tables]
+        names = [spec.name for spec in specs]
         placed = dict.fromkeys(names, placement) if isinstance(placement, str) else dict(placement)
         if set(placed) != set(names):
             odd = sorted(set(placed) ^ set(names))
             raise ValueError(f"placement must give a tier to every table and no other; this does not fit: {odd}")
-        if wrong := sorted(set(placed.values()) - set(TIERS)):
-            raise ValueError(f"tier {wrong[0]!r} is unknown; there are {', '.join(TIERS)}")
+        known = {"tier": (TIERS, set(placed.values())), "mode": (MODES, {mode})}
+        for what, (allowed, given) in (known | {"policy": (embedding_bag.POLICIES, {policy})}).items():
+            if wrong := sorted(given - set(allowed)):
+                raise ValueError(f"{what}={wrong[0]!r} is unknown; there are {', '.join(allowed)}")
         for name, size in (("cache_bytes", cache_bytes), ("pooled_bytes", pooled_bytes)):
             if size < 0:
                 raise ValueError(f"{name}={size} must not be negative")
-        if len(dims := {table.spec.format.dim for table in store.tables}) > 1:
+        if len(dims := {spec.format.dim for spec in specs}) > 1:
             raise ValueError(f"tables of one model have one dimension, these have {sorted(dims)}")
-        if mode not in ("sum", "mean"):
-            raise ValueError(f"mode={mode!r} is unknown; there are sum and mean")
-        self.store, self.placement, self.policy, self.mode, self.buffers = store, placed, policy, mode, buffers
-        self.dim = dims.pop()
+        self.store, self.placement, self.policy, self.buffers = store, placed, policy, buffers
+        self.dim, self.mode = dims.pop(), mode
         self.rows = np.array([table.ids for table in store.tables], np.int64)
         self.canonical, self.lookahead = canonical or pooled_bytes > 0, lookahead
-        self.csr = _csr(form)
+        self.assembler = Assembler(_csr(form), self.dim, mode)
         self.counters = Counters()
         self.tiers = np.array([TIERS.index(placed[name]) for name in names], np.int8)
-        self.formats = list(dict.fromkeys(table.spec.format for table in store.tables))
-        self.group = np.array([self.formats.index(table.spec.format) for table in store.tables], np.int32)
-        self.reader: Reader = open_reader(
-            [table.path for table in store.tables], backend=reader, direct=direct, queue_depth=queue_depth
-        )
-        self._remap, self._remap_start = _remaps(store)
-        self._memory = [self._loaded(group) for group in range(len(self.formats))]
-        self._pinned = self._pins(pinned or {})
-        self.cache = self._cache(cache_bytes, lookahead)
+        self.formats = list(dict.fromkeys(spec.format for spec in specs))
+        self.group = np.array([self.formats.index(spec.format) for spec in specs], np.int32)
+        self.remaps = Remaps(store)
+        self._rings = [Ring(buffers, Buffer) for _ in self.formats]
+        cached = self.tiers == TIERS.index("cached")
+        self.cache = holdings.make_cache(specs, cached, cache_bytes, ahead=lookahead)
         self._told = LookAhead(self.cache) if lookahead and self.cache is not None else self.cache
         self.vectors = PooledCache(pooled_bytes, self.dim, threshold=pooled_threshold) if pooled_bytes else None
-        self._rings = [Ring(buffers, Buffer) for _ in self.formats]
-        self._sizes: dict[Any, int] = {}
-        # The cache of vectors is asked by the thread that plans, and filled by the one that computes.
-        self._of_vectors = threading.Lock()
+        # One thread at a time has the reader, the caches and the buffers. The cache of vectors is asked by the thread
+        # that plans, and filled by the one that computes.
+        self._fetching, self._of_vectors = threading.Lock(), threading.Lock()
+        self._closed = False
+        self.reader: Reader = open_reader(store.paths, backend=reader, direct=direct, queue_depth=queue_depth)
+        try:
+            self._memory = [self._loaded(group) for group in range(len(self.formats))]
+            self._pinned = holdings.pin(store, self.reader, self.remaps, pinned or {}, placed, self.formats)
+        except BaseException:
+            self.reader.close()
+            raise
 
     # ---- what is in memory -------------------------------------------------------------------------------------------
 
     def _loaded(self, group: int) -> Loaded | None:
         tables = np.flatnonzero((self.group == group) & (self.tiers == TIERS.index("memory")))
-        return load(self.store, self.reader, tables, self.formats[group]) if len(tables) else None
+        return load(self.store, tables, self.formats[group]) if len(tables) else None
 
-    def _in_memory(self, group: int) -> Loaded:
+    def in_memory(self, group: int) -> Loaded:
+        """The tables of a format that are in memory; for groups that a plan names."""
         loaded = self._memory[group]
         assert loaded is not None, "a plan names only groups that have tables in memory"
         return loaded
-
-    def _pins(self, pinned: Mapping[str, Any]) -> list[PinnedRows | None]:
-        """The pinned rows of each format."""
-        tables, rows = [], []
-        for name, ids in pinned.items():
-            if self.placement.get(name, "memory") == "memory":
-                raise ValueError(f"pinned: {name!r} is no table whose rows are in a file; take it out")
-            table, ids = self.store.index(name), np.unique(np.asarray(ids, np.int64))
-            if len(ids) and not 0 <= ids[0] <= ids[-1] < self.rows[table]:
-                raise ValueError(
-                    f"pinned: ids of {name!r} must be 0 .. {self.rows[table] - 1}, got {ids[0]} .. {ids[-1]}"
-                )
-            of_table = self._positions(np.full(len(ids), table), ids)
-            tables.append(np.full(np.count_nonzero(of_table >= 0), table))
-            rows.append(of_table[of_table >= 0])
-        if not tables or not sum(map(len, tables)):
-            return [None] * len(self.formats)
-        of, at = np.concatenate(tables), np.concatenate(rows)
-        keys = row_keys(of, at)
-        found: list[PinnedRows | None] = []
-        for group in range(len(self.formats)):
-            mine = self.group[of] == group
-            found.append(PinnedRows(self.store, self.reader, of[mine], at[mine], keys[mine]) if mine.any() else None)
-        return found
-
-    def _cache(self, budget: int, ahead: bool) -> UnifiedCache | None:
-        """A cache for all tables that use one; row sizes share the budget by the bytes of the tables behind it."""
-        specs = [table.spec for table in self.store.tables]
-        cached = np.flatnonzero(self.tiers == TIERS.index("cached"))
-        shares: dict[int, float] = {}
-        for table in cached:
-            size = specs[table].format.row_bytes
-            shares[size] = shares.get(size, 0.0) + max(1, specs[table].rows) * size
-        if not shares or budget < SMALLEST_CACHE * sum(shares):
-            return None
-        return UnifiedCache(
-            budget,
-            [spec.format.row_bytes for spec in specs],
-            bypass=np.setdiff1d(np.arange(len(specs)), cached).tolist(),
-            shares=shares,
-            rows=[spec.rows for spec in specs],
-            ahead=ahead,
-        )
 
     @property
     def fast_bytes(self) -> int:
         """Bytes of memory that the tables take: rows in memory, caches, and maps of rows that moved or were pruned."""
         loaded = sum(found.rows.nbytes for found in self._memory if found is not None)
         others = sum(held.bytes for held in (self.cache, self.vectors, *self._pinned) if held is not None)
-        return loaded + others + self._remap.nbytes
+        return loaded + others + self.remaps.nbytes
 
     # ---- planning ----------------------------------------------------------------------------------------------------
 
@@ -232,25 +195,24 @@ class Tiers:
 
     def _needed(self, group: int, asked: Query) -> Needed:
         tables = np.repeat(asked.tables, asked.lengths)
-        rows = self._positions(tables, asked.indices)
+        rows = self.remaps.rows(tables, asked.indices)
         kept = rows >= 0
         keys, found = np.unique(row_keys(tables[kept], rows[kept]), return_inverse=True)
         inverse = np.full(len(rows), len(keys))
         inverse[kept] = found
         pins = self._pinned[group]
-        return Needed(keys, *_of_keys(keys), inverse, asked, None if pins is None else pins.find(keys))
+        return Needed(keys, *split_keys(keys), inverse, asked, None if pins is None else pins.find(keys))
 
-    def _positions(self, tables: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Where the rows with these ids are in the file of their table; -1 for those that were pruned."""
-        if not len(self._remap):
-            return ids
-        start = self._remap_start[tables]
-        return np.where(start < 0, ids, self._remap[np.where(start < 0, 0, start + ids)])
+    def expect(self, plan: Plan) -> Plan:
+        """Tells the cache that a plan will be fetched after those that it was told of before.
 
-    def expect(self, plan: Plan) -> None:
-        """Tells the cache that a plan will be fetched after those that they were told of before."""
-        if isinstance(self._told, LookAhead):
-            self._told.expect(plan.keys)
+        Returns:
+          The plan with its number, which is to be fetched in its place; the same plan without `lookahead`.
+        """
+        if not isinstance(self._told, LookAhead):
+            return plan
+        with self._fetching:
+            return dataclasses.replace(plan, number=self._told.expect(plan.keys))
 
     # ---- fetching ----------------------------------------------------------------------------------------------------
 
@@ -262,48 +224,101 @@ class Tiers:
           deadline: seconds from now in which reading must end.
 
         Raises:
-          jaxeff.sdm.io.DeadlineExceeded: if it does not; the cache is as before.
-          jaxeff.sdm.io.ReadError: for what the device refuses, naming the file and the place.
+          jaxeff.sdm.DeadlineExceeded: if it does not; the query may be fetched again.
+          jaxeff.sdm.ReadError: for what the device refuses, naming the file and the place.
+          RuntimeError: after `close`.
         """
+        with self._fetching:
+            return self._fetch(plan, deadline)
+
+    def _fetch(self, plan: Plan, deadline: float | None) -> Staged:
         started = time.perf_counter()
-        counters = dataclasses.replace(plan.counters)
-        parts, formats, places, read = [], [], [], 0.0
-        for group, asked in plan.memory:
-            loaded = self._in_memory(group)
-            tables = np.repeat(asked.tables, asked.lengths)
-            positions = loaded.positions(tables, self._positions(tables, asked.indices))
-            parts.append(self._part(("memory", group), loaded.array, positions, len(loaded.rows) - 1, asked))
-            formats.append(self.formats[group])
-        for (group, needed), slots in zip(plan.needed, self._slots(plan), strict=True):
-            form = self.formats[group]
-            size = self._bucket(("rows", group), len(needed.keys) + 1)
-            place, buffer = self._rings[group].take((size, form))
-            left = None if deadline is None else deadline - (time.perf_counter() - started)
-            where, seconds = self._fill(group, needed, slots, buffer.bytes, counters, left)
-            read += seconds
-            positions = np.append(where, size - 1)[needed.inverse]
-            parts.append(self._part(("staged", group), buffer.rows, positions, size - 1, needed.asked))
-            formats.append(form)
+        places, buffers = [], []
+
+        def take(group: int, count: int) -> np.ndarray:
+            size = self.assembler.bucket(("rows", group), count + 1)
+            place, buffer = self._rings[group].take((size, self.formats[group]))
             places.append((self._rings[group], place))
+            buffers.append((size, buffer))
+            return buffer.bytes
+
+        found, counters, read = self.bring(plan, take, deadline)
+        rows = [(buffer.array(), at, size - 1) for at, (size, buffer) in zip(found, buffers, strict=True)]
+        arrays, layout = self.assembled(plan, rows)
         self.counters.add(counters)
-        ready = np.zeros((0, self.dim), np.float32) if plan.vectors is None else plan.vectors
-        rows_ready = self._bucket("ready", len(ready)) if len(ready) else 0
-        ready = np.concatenate([ready, np.zeros((rows_ready - len(ready), self.dim), np.float32)])
-        order, at, done = plan.order.copy(), 0, 0
-        for part, asked in zip(parts, [one for _, one in plan.memory] + [n.asked for _, n in plan.needed], strict=True):
-            inside = (plan.order >= done) & (plan.order < done + len(asked.tables))
-            order[inside] += at - done
-            done, at = done + len(asked.tables), at + self._bags_of(part)
-        order[plan.order >= done] += at - done
-        arrays = pooling.Arrays(tuple(parts), ready, order)
-        layout = pooling.Layout(tuple(formats), self.mode)
+        for (array, _, _), (ring, place) in zip(rows, places, strict=True):
+            ring.read_by(place, array)  # a copy to a device may still be on its way
         fetched = time.perf_counter() - started
         return Staged(arrays, layout, counters, started, read, fetched, plan, tuple(places))
 
+    def assembled(
+        self, plan: Plan, rows: Sequence[tuple[Any, np.ndarray, int]]
+    ) -> tuple[pooling.Arrays, pooling.Layout]:
+        """What a program takes of a plan; for who has the lock of `exclusively`.
+
+        Args:
+          plan: of a query.
+          rows: for each format of `plan.needed`, an array of rows, int64 [U] where each distinct row is in it, and the
+            position of a row of zeros.
+        """
+        parts = []
+        for group, asked in plan.memory:
+            loaded = self.in_memory(group)
+            at, zero = self._positions(loaded, asked), len(loaded.rows) - 1
+            parts.append(self.assembler.part(("memory", group), loaded.array, at, zero, asked))
+        for (group, needed), (array, where, zero) in zip(plan.needed, rows, strict=True):
+            at = np.append(where, zero)[needed.inverse]
+            parts.append(self.assembler.part(("staged", group), array, at, zero, needed.asked))
+        formats = [self.formats[group] for group, _ in (*plan.memory, *plan.needed)]
+        return self.assembler.arguments(plan, parts, formats)
+
+    def bring(
+        self, plan: Plan, take: Callable[[int, int], np.ndarray], deadline: float | None = None
+    ) -> tuple[list[np.ndarray], Counters, float]:
+        """Writes the distinct rows of a plan into buffers; for who has the lock of `exclusively`.
+
+        Args:
+          plan: of a query.
+          take: gives a buffer uint8 [at least U, row bytes] for a format by its number, and U.
+          deadline: seconds from now.
+
+        Returns:
+          For each format of `plan.needed`, int64 [U], where each row is in its buffer; what the query took; and the
+          seconds that reading took.
+        """
+        if self._closed:
+            raise RuntimeError("the tiers are closed; open others")
+        started, counters, read, found = time.perf_counter(), dataclasses.replace(plan.counters), 0.0, []
+        try:
+            for (group, needed), slots in zip(plan.needed, self._slots(plan), strict=True):
+                out = take(group, len(needed.keys))
+                left = None if deadline is None else deadline - (time.perf_counter() - started)
+                where, seconds = self._fill(group, needed, slots, out, counters, left)
+                found.append(where)
+                read += seconds
+        finally:
+            if self.cache is not None:
+                self.cache.release()
+        return found, counters, read
+
+    def exclusively(self) -> threading.Lock:
+        """The lock that whoever fetches must have, for what fetches by `bring`."""
+        return self._fetching
+
     def _slots(self, plan: Plan) -> list[np.ndarray]:
-        """Where the cache has the rows of each group, -1 for those that it has not."""
+        """Where the cache has the rows of each group, -1 for those that it has not.
+
+        What was found is held until all groups are filled: formats whose rows take the same bytes share a cache, and
+        rows of one that come in must not take the places of the other's.
+        """
         keys = plan.keys
-        slots = np.full(len(keys), -1, np.int64) if self._told is None else self._told.lookup(keys)
+        if isinstance(self._told, LookAhead):
+            told = self._told
+            slots = told.beside(keys, hold=True) if plan.number is None else told.lookup(keys, plan.number, hold=True)
+        elif self._told is not None:
+            slots = self._told.lookup(keys, hold=True)
+        else:
+            slots = np.full(len(keys), -1, np.int64)
         found, start = [], 0
         for _, needed in plan.needed:
             each = np.full(len(needed.keys), -1, np.int64)
@@ -345,44 +360,17 @@ class Tiers:
         counters.reads += len(hit) - hits
         return where, seconds
 
-    def _part(self, name: Any, rows: jax.Array, positions: np.ndarray, nothing: int, asked: Query) -> pooling.Part:
-        """Bags in the form that the program takes, padded to a size that seldom grows."""
-        bags = self._bucket((name, "bags"), len(asked.tables))
-        lengths = np.zeros(bags, np.int64)
-        lengths[: len(asked.tables)] = asked.lengths
-        if self.csr:
-            indices = np.full(self._bucket((name, "lookups"), max(1, len(positions))), nothing, np.int32)
-            indices[: len(positions)] = positions
-            weights = None
-            if asked.weights is not None:
-                weights = np.zeros(len(indices), np.float32)
-                weights[: len(positions)] = asked.weights
-            bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-            return pooling.Part(rows, indices, bounds, weights)
-        longest = self._bucket((name, "longest"), max(1, int(lengths.max(initial=0))))
-        inside = np.arange(longest) < lengths[:, None]
-        indices = np.full(inside.shape, nothing, np.int32)
-        indices[inside] = positions
-        weights = None
-        if asked.weights is not None:
-            weights = np.zeros(inside.shape, np.float32)
-            weights[inside] = asked.weights
-        return pooling.Part(rows, indices, lengths.astype(np.int32), weights)
-
-    def _bags_of(self, part: pooling.Part) -> int:
-        return len(part.bounds) - 1 if self.csr else len(part.bounds)
-
-    def _bucket(self, name: Any, size: int) -> int:
-        """A power of two that holds `size`, and what was asked for under this name before: shapes seldom change."""
-        self._sizes[name] = max(self._sizes.get(name, 1), 1 << max(0, size - 1).bit_length())
-        return self._sizes[name]
-
     # ---- computing ---------------------------------------------------------------------------------------------------
 
     def pool(self, staged: Staged) -> jax.Array:
-        """The vector of each bag of a query, float32 [G, D], in one compiled program."""
-        pooled = _pool(staged.arrays, staged.layout)
-        self.read_by(staged, pooled)
+        """The vector of each bag of a query, float32 [G, D], in one compiled program.
+
+        Raises:
+          RuntimeError: if so many queries were fetched since that the rows of this one are gone.
+        """
+        pooled, done = _pool(staged.arrays, staged.layout)
+        # The vectors may be donated to the next program, which says nothing of when this one has read the buffers.
+        self.read_by(staged, done)
         return pooled
 
     def read_by(self, staged: Staged, results: Any) -> None:
@@ -390,7 +378,10 @@ class Tiers:
 
         Args:
           staged: whose `arrays` a program of the caller's took.
-          results: what it gave.
+          results: what it gave, or a part of it that is not donated to another program.
+
+        Raises:
+          RuntimeError: if so many queries were fetched since that the program may have read the rows of another one.
         """
         for ring, place in staged.places:
             ring.read_by(place, results)
@@ -415,80 +406,87 @@ class Tiers:
     def lookup_on_host(self, asked: Query, deadline: float | None = None) -> np.ndarray:
         """`lookup` without JAX, for callbacks, in which it must not be used: float32 [G, D]."""
         plan = self.plan(asked)
-        counters = dataclasses.replace(plan.counters)
         pooled = [np.zeros((0, self.dim), np.float32)]
         for group, part in plan.memory:
-            loaded, tables = self._in_memory(group), np.repeat(part.tables, part.lengths)
-            positions = loaded.positions(tables, self._positions(tables, part.indices))
-            pooled.append(pooling.pool_on_host(decode(loaded.rows[positions], self.formats[group]), part, self.mode))
-        for (group, needed), slots in zip(plan.needed, self._slots(plan), strict=True):
-            form = self.formats[group]
-            rows = np.empty((len(needed.keys) + 1, form.row_bytes), np.uint8)
-            rows[-1] = zero_row(form)
-            where, _ = self._fill(group, needed, slots, rows, counters, deadline)
-            positions = np.append(where, len(where))[needed.inverse]
-            pooled.append(pooling.pool_on_host(decode(rows[positions], form), needed.asked, self.mode))
-        self.counters.add(counters)
+            loaded = self.in_memory(group)
+            rows = decode(loaded.rows[self._positions(loaded, part)], self.formats[group])
+            pooled.append(pooling.pool_on_host(rows, part, self.mode))
+        staged: list[np.ndarray] = []
+
+        def take(group: int, count: int) -> np.ndarray:
+            staged.append(np.empty((count + 1, self.formats[group].row_bytes), np.uint8))
+            staged[-1][-1] = zero_row(self.formats[group])
+            return staged[-1]
+
+        with self._fetching:
+            found, counters, _ = self.bring(plan, take, deadline)
+            self.counters.add(counters)
+        for (group, needed), where, rows in zip(plan.needed, found, staged, strict=True):
+            each = decode(rows[np.append(where, len(where))[needed.inverse]], self.formats[group])
+            pooled.append(pooling.pool_on_host(each, needed.asked, self.mode))
         if plan.vectors is not None:
             pooled.append(plan.vectors)
         return np.concatenate(pooled)[plan.order]
 
     def warm(self, tables: np.ndarray, ids: np.ndarray, batch: int = 4096) -> int:
-        """Fills the caches with rows, the most important first, without counting them as asked for.
+        """Fills the cache with rows, the most important first, without counting them as asked for.
 
         Args:
           tables: int [n].
-          ids: int [n].
+          ids: int [n]; those of tables that are not cached, and pruned ones, are passed over.
           batch: rows that are read at once.
 
         Returns:
-          How many rows are now in the caches.
+          How many of these rows are in the cache then.
+
+        Raises:
+          ValueError: for tables or ids that do not exist.
         """
+        tables, ids = np.asarray(tables), np.asarray(ids, np.int64)
+        if len(tables) and not 0 <= tables.min() <= tables.max() < len(self.rows):
+            raise ValueError(f"tables must be 0 .. {len(self.rows) - 1}, got {tables.min()} .. {tables.max()}")
+        if (wrong := (ids < 0) | (ids >= self.rows[tables])).any():
+            table, odd = tables[wrong][0], ids[wrong][0]
+            raise ValueError(f"ids of table {table} must be 0 .. {self.rows[table] - 1}, got {odd}")
         if self.cache is None:
             return 0
-        tables, rows = np.asarray(tables), self._positions(np.asarray(tables), np.asarray(ids, np.int64))
+        rows = self.remaps.rows(tables, ids)
         wanted = (rows >= 0) & (self.tiers[tables] == TIERS.index("cached"))
         distinct, first = np.unique(row_keys(tables[wanted], rows[wanted]), return_index=True)
         keys = distinct[np.argsort(first)]
         kept = 0
         for group, form in enumerate(self.formats):
-            mine = keys[self.group[(keys >> np.uint64(40)).astype(np.int64)] == group]
-            most = self.cache.caches[form.row_bytes].capacity if len(mine) else 0
-            for start in range(0, min(len(mine), most), batch):
+            mine = keys[self.group[split_keys(keys)[0]] == group]
+            if not len(mine):
+                continue
+            cache = self.cache.caches[form.row_bytes]
+            mine = mine[: cache.capacity]
+            # From the least important batch on: of what finds no room together, the last to come stay.
+            for start in reversed(range(0, len(mine), batch)):
                 some = mine[start : start + batch]
                 values = np.empty((len(some), form.row_bytes), np.uint8)
-                self.reader.gather(*self.store.locate(*_of_keys(some)), form.row_bytes, values)
-                kept += int((self.cache.warm(some, values) >= 0).sum())
+                with self._fetching:
+                    self.reader.gather(*self.store.locate(*split_keys(some)), form.row_bytes, values)
+                    cache.warm(some, values)
+            kept += int((cache.find(mine) >= 0).sum())
         return kept
 
+    def _positions(self, loaded: Loaded, asked: Query) -> np.ndarray:
+        """Where rows of bags are among those in memory."""
+        tables = np.repeat(asked.tables, asked.lengths)
+        return loaded.positions(tables, self.remaps.rows(tables, asked.indices))
+
     def close(self) -> None:
-        """Closes the files."""
-        self.reader.close()
+        """Closes the files; later look-ups are errors."""
+        with self._fetching:
+            self._closed = True
+            self.reader.close()
 
     def __enter__(self) -> "Tiers":
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-_ROW = np.uint64(2**40 - 1)
-
-
-def _of_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tables int32 and rows int64 of keys."""
-    return (keys >> np.uint64(40)).astype(np.int32), (keys & _ROW).astype(np.int64)
-
-
-def _remaps(store: Store) -> tuple[np.ndarray, np.ndarray]:
-    """The maps of all tables end to end, and where that of each table starts, -1 for one without."""
-    starts, maps, at = [], [], 0
-    for table in store.tables:
-        starts.append(-1 if table.remap is None else at)
-        if table.remap is not None:
-            maps.append(table.remap)
-            at += len(table.remap)
-    return np.concatenate(maps) if maps else np.zeros(0, np.int32), np.array(starts, np.int64)
 
 
 def _csr(form: str) -> bool:
@@ -501,8 +499,8 @@ def _csr(form: str) -> bool:
 
 
 @partial(jax.jit, static_argnums=1)
-def _pool(arrays: pooling.Arrays, layout: pooling.Layout) -> jax.Array:
-    return pooling.pool(arrays, layout)
+def _pool(arrays: pooling.Arrays, layout: pooling.Layout) -> tuple[jax.Array, jax.Array]:
+    return pooling.pool(arrays, layout), arrays.order[:1]
 
 
 def compilations() -> int:

@@ -23,6 +23,7 @@ import numpy as np
 from jaxeff.sdm import encoding
 from jaxeff.sdm.disk import Disk
 from jaxeff.sdm.encoding import RowFormat
+from jaxeff.sdm.layout import Layout
 from jaxeff.sdm.stored_file import DATA_OFFSET
 from jaxeff.sdm.table import RowPlacement, Store, Table, TableSpec, remap_dtype
 from jaxeff.sdm.writer import Writer
@@ -153,8 +154,10 @@ def preview(
     changes = []
     for table, rows in zip(store.tables, _after(store, steps, 0, store.folder), strict=True):
         placement = RowPlacement.of(rows.spec.format.row_bytes, block, packing, rows.stride)
-        remap = 0 if rows.remap is None else len(rows.remap) * remap_dtype(rows.spec.rows).itemsize
-        size = placement.size(rows.spec.rows) + _remap_file(remap)
+        size, remap = placement.size(rows.spec.rows), 0
+        if rows.remap is not None:
+            remap = len(rows.remap) * remap_dtype(rows.spec.rows).itemsize
+            size += DATA_OFFSET + -(-remap // DATA_OFFSET) * DATA_OFFSET
         changes.append(Change(table.spec.name, _cost(table), Cost(size, remap, rows.spec.format.row_bytes)))
     return tuple(changes)
 
@@ -225,22 +228,29 @@ def pad_rows(stride: int | None = None) -> Step:
     return step
 
 
-def reorder(order: Any, *, remap: bool = True) -> Step:
+def reorder(order: Layout | Any, *, remap: bool = True) -> Step:
     """A step that puts rows in another order, say with those together that are read together.
 
     Args:
-      order: int [n], the rows of now in their new order, each once; those that are left out are pruned.
-      remap: store where every id went, so that ids stay what they are, for 4 or 8 bytes of fast memory each; False to
-        have new ids, `order[i]` becoming i, which whoever makes the queries must use.
+      order: what `optimise` found for the rows of the table (those of `Table.positions`, where ids have a remap); it
+        does nothing where that leaves the order as it is. Or int [n], the rows of now in their new order, each once:
+        row order[i] comes to place i, as of `Layout.order` and np.argsort, which is the inverse of `Layout.position`.
+        Rows that are left out are pruned.
+      remap: store where every id went, so that ids stay what they are, for 4 bytes of fast memory each, or 8 from 2**31
+        rows on (`Table.fast_bytes`); False to have new ids, `order[i]` becoming i, which whoever makes the queries must
+        use.
 
     Raises:
       TypeError: for an order of anything but integers.
       ValueError: when it is applied, for an order with a row twice or out of range, or that leaves rows out without a
-        remap.
+        remap, or for a layout of a table with another number of rows.
     """
+    if isinstance(order, Layout):
+        return _laid_out(order, remap)
     order = np.asarray(order)
-    if order.ndim != 1 or not np.issubdtype(order.dtype, np.integer):
+    if order.ndim != 1 or (order.size and not np.issubdtype(order.dtype, np.integer)):
         raise TypeError(f"order: expected integers [n], got {order.dtype} of shape {list(order.shape)}")
+    order = order if order.size else order.astype(np.int64)
 
     def step(rows: Rows) -> Rows:
         count, name = rows.spec.rows, rows.spec.name
@@ -265,6 +275,23 @@ def reorder(order: Any, *, remap: bool = True) -> Step:
     return step
 
 
+def _laid_out(layout: Layout, remap: bool) -> Step:
+    order = layout.order
+    if order is None:
+        return lambda rows: rows
+    step = reorder(order, remap=remap)
+
+    def checked(rows: Rows) -> Rows:
+        if len(order) != rows.spec.rows:
+            raise ValueError(
+                f"order: the layout is one of {len(order)} rows, but table {rows.spec.name!r} has {rows.spec.rows}; "
+                "optimise it with the rows of this table"
+            )
+        return step(rows)
+
+    return checked
+
+
 def _after(store: Store, steps: Any, memory: int, scratch: pathlib.Path) -> list[Rows]:
     if isinstance(steps, Mapping):
         for name in steps:
@@ -283,10 +310,6 @@ def _after(store: Store, steps: Any, memory: int, scratch: pathlib.Path) -> list
 def _cost(table: Table) -> Cost:
     extra = 0 if table.remap_file is None else table.remap_file.size
     return Cost(table.size + extra, table.fast_bytes, table.spec.format.row_bytes)
-
-
-def _remap_file(remap: int) -> int:
-    return DATA_OFFSET + -(-remap // DATA_OFFSET) * DATA_OFFSET if remap else 0
 
 
 def _gathered(rows: Rows, positions: np.ndarray) -> Iterator[np.ndarray]:

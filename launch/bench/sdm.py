@@ -6,9 +6,10 @@ Peers are used where they are found: fio and a C compiler (the device's own ceil
 fbgemm-gpu-cpu of PyPI. Files lie in the folder of TMPDIR, which should be on the device in question.
 """
 
-from launch.bench import caches, layout, pooled, recommend, storage, suite, tiered
+from launch.bench import caches, layout, pooled, recommend, resident, storage, suite, tiered
 
-CASES = {**storage.CASES, **caches.CASES, **pooled.CASES, **layout.CASES, **tiered.CASES, **recommend.CASES}
+ROOMS = (storage, caches, pooled, layout, tiered, resident, recommend)
+CASES = {name: case for room in ROOMS for name, case in room.CASES.items()}
 GPU = tuple(name for name in CASES if name.startswith("gpu"))
 
 if __name__ == "__main__":

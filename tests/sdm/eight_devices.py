@@ -13,7 +13,7 @@ from jaxeff.sdm import sharded
 @pytest.fixture(scope="module")
 def problem():
     rng = np.random.default_rng(0)
-    table = sharded.pad_rows(jnp.asarray(rng.normal(size=(93, 5)), jnp.float32), 8)
+    table = sharded.padded_table(jnp.asarray(rng.normal(size=(93, 5)), jnp.float32), 8)
     ids = jnp.asarray(rng.integers(0, 93, (24, 7)), jnp.int32)
     lengths = jnp.asarray(rng.integers(0, 8, 24), jnp.int32).at[3].set(0)
     return table, ids, lengths, jnp.asarray(rng.normal(size=(24, 7)), jnp.float32)
@@ -32,6 +32,22 @@ def test_eight_devices_give_what_one_gives(problem, method, mode):
         if method == "all_to_all":  # which keeps the order of a bag
             np.testing.assert_array_equal(pooled, expected)
         np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", sharded.METHODS)
+def test_an_id_out_of_range_makes_its_bag_nan(problem, method):
+    table, ids, lengths, _ = problem
+    wrong = ids.at[5, 0].set(len(table)).at[9, 1].set(-1).at[3, 0].set(10**6)  # bag 3 is empty
+    lengths = lengths.at[jnp.array([5, 9])].set(7)
+    pooled, lost = sharded.sharded_lookup(parallel.mesh({"rows": 8}), "rows", method=method)(table, wrong, lengths)
+    assert int(lost) == 0
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(pooled).all(1)), [5, 9])
+    np.testing.assert_array_equal(np.isnan(pooled), np.isnan(pooled_lookup(table, wrong, lengths)))
+
+
+def test_a_mesh_with_explicit_axes_is_refused():
+    with pytest.raises(ValueError, match="make it by jaxeff.parallel.mesh"):
+        sharded.sharded_lookup(jax.make_mesh((8,), ("rows",)), "rows")
 
 
 def test_look_ups_beyond_the_capacity_are_counted(problem):

@@ -68,7 +68,7 @@ def test_a_form_that_gives_wrong_rows_or_none_is_not_used(fresh, monkeypatch):
     def refuse(_):
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED")
 
-    monkeypatch.setattr(host_memory, "_on_host", refuse)
+    monkeypatch.setattr("jaxeff.compat.on_host", refuse)
     table = host_memory.pinned(TABLE)
     assert host_memory.forms() == ("device",)
     np.testing.assert_array_equal(host_memory.take_rows(table, IDS), TABLE[IDS])

@@ -1,11 +1,20 @@
 """The co-access layout: counted by hand, planted blocks found again, and left alone where nothing is to be gained."""
 
+import dataclasses
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxeff.sdm import layout
+from jaxeff.ops.embedding_bag import Bags
+from jaxeff.sdm import layout, queries
+from jaxeff.sdm.encoding import RowFormat
+from jaxeff.sdm.table import TableSpec, open_store
+from jaxeff.sdm.tiers import Tiers
+from jaxeff.sdm.transforms import reorder, rewrite
+from jaxeff.sdm.writer import Writer
 
 
 def csr(queries):
@@ -128,23 +137,52 @@ def test_the_same_seed_gives_the_same_order():
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 300), share=st.floats(0, 1), seed=st.integers(0, 99))
-def test_the_compact_map_gives_the_same_places(rows, share, seed):
+def test_the_order_lists_the_rows_by_their_places(rows, share, seed):
     rng = np.random.default_rng(seed)
     in_front = rng.permutation(np.flatnonzero(rng.random(rows) < share))
-    position = layout._positions(in_front, rows)
-    remap = layout.CompactRemap(layout.Layout(position, "minhash", 1.0, 0.5, len(in_front), position.nbytes))
-    some = rng.integers(0, rows, 50)
-    np.testing.assert_array_equal(remap(some), position[some])
-    assert remap.nbytes <= 12 * (rows // 64 + 1) + 4 * len(in_front)
+    found = layout.Layout(layout._positions(in_front, rows), "minhash", 1.0, 0.5, len(in_front), 4 * rows)
+    by_place = {place: row for row, place in enumerate(found.position.tolist())}
+    assert found.order.tolist() == [by_place[place] for place in range(rows)]
+    assert layout.Layout(None, "none", 1.0, 1.0, 0, 0).order is None
 
 
-def test_the_compact_map_refuses_what_it_cannot_map():
-    stays = layout.Layout(None, "none", 1.0, 1.0, 0, 0)
-    with pytest.raises(ValueError, match="nothing to look up"):
-        layout.CompactRemap(stays)
-    remap = layout.CompactRemap(stays._replace(position=np.arange(10, dtype=np.int32), rows_moved=10))
-    with pytest.raises(IndexError, match=r"rows must be in 0\.\.9, got 3\.\.10"):
-        remap(np.array([3, 10]))
+@pytest.mark.parametrize("remapped", [False, True])
+def test_a_store_in_the_order_that_was_found_reads_as_many_blocks_as_foretold(tmp_path, remapped):
+    rng = np.random.default_rng(5)
+    members, (rows, offsets) = planted(rng)
+    values = rng.normal(size=(members.size, 128)).astype(np.float32)  # eight rows in 4096 bytes
+    # Ids are rows, or have a remap with pruned ids between.
+    remap = rng.permutation(np.append(np.arange(members.size), np.full(100, -1))) if remapped else None
+    ids = np.arange(members.size) if remap is None else np.argsort(np.where(remap < 0, members.size, remap))
+    asked = [
+        queries.query([Bags(ids[rows[start:stop]], np.array([0, stop - start]), None)])
+        for start, stop in itertools.pairwise(offsets)
+    ]
+    with Writer(tmp_path, packing="block") as writer:
+        writer.add(TableSpec("t", members.size, RowFormat("float32", 128)), [values], remap)
+        writer.publish()
+    with open_store(tmp_path) as store:
+        found = layout.optimise(store.tables[0].positions(ids[rows]), offsets, members.size, 8)
+        change = rewrite(store, tmp_path, reorder(found), packing="block").changes[0]
+    assert change.after.fast_bytes == (store.tables[0].fast_bytes if remapped else found.remap_bytes)
+    assert change.after.fast_bytes == 4 * len(ids if remap is None else remap)
+    looked_up, blocks = [], []
+    for version in ("v000001", "v000002"):
+        # Through the page cache, so that a block has 4096 bytes wherever the test runs.
+        with open_store(tmp_path, version) as store, Tiers(store, "direct", reader="pread", direct=False) as opened:
+            assert opened.reader.block == 4096
+            looked_up.append([opened.lookup(one) for one in asked[:360]])
+            before = dataclasses.replace(opened.counters)
+            looked_up[-1] += [opened.lookup(one) for one in asked[360:]]  # those that decided
+            counted = opened.counters.since(before)
+            blocks.append(counted.blocks / counted.unique)
+    np.testing.assert_array_equal(looked_up[0], looked_up[1])
+    expected = np.zeros(128, np.float32)
+    for row in rows[offsets[-2] :]:
+        expected += values[row]
+    np.testing.assert_array_equal(looked_up[0][-1][0], expected)
+    assert blocks == pytest.approx([found.before, found.after])
+    assert blocks[1] < 0.3 * blocks[0]
 
 
 @pytest.mark.parametrize(

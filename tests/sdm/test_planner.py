@@ -38,11 +38,11 @@ def test_read_amplification_of_the_devices():
 
 @settings(max_examples=60, deadline=None)
 @given(row_bytes=st.integers(1, 700), block=st.sampled_from([1, 64, 100, 512]))
-def test_blocks_per_row_are_those_counted_over_a_period(row_bytes, block):
+def test_blocks_of_a_row_are_those_counted_over_a_period(row_bytes, block):
     starts = np.arange(block // math.gcd(block, row_bytes)) * row_bytes
     touched = (starts + row_bytes - 1) // block - starts // block + 1
-    assert demand.blocks_per_row(row_bytes, block) == pytest.approx(touched.mean())
-    assert demand.blocks_per_row(row_bytes, block, "block") == -(-row_bytes // block)
+    assert demand.blocks_of_a_row(row_bytes, block) == pytest.approx(touched.mean())
+    assert demand.blocks_of_a_row(row_bytes, block, "block") == -(-row_bytes // block)
 
 
 @pytest.mark.parametrize(("row_bytes", "block"), [(72, 512), (128, 512), (40, 64), (700, 512)])
@@ -194,8 +194,8 @@ def test_an_incremental_update_writes_the_blocks_that_change():
         (lambda: HitCurve([2, 1], [0.1, 0.2]), "sizes must ascend"),
         (lambda: HitCurve([1, 2], [0.1]), "one length"),
         (lambda: demand.bandwidth(USER, -1), "qps"),
-        (lambda: demand.blocks_per_row(1, 1, "loose"), "packing"),
-        (lambda: demand.blocks_per_row(0, 1), "row_bytes"),
+        (lambda: demand.blocks_of_a_row(1, 1, "loose"), "packing"),
+        (lambda: demand.blocks_of_a_row(0, 1), "row_bytes"),
         (lambda: demand.expected_reads(11, 10, 1, 1), "read must be from 0 to rows"),
         (lambda: planner.read_seconds(DEVICE, -1, 4), "requests"),
         (lambda: planner.read_seconds(DEVICE, 1, 0), "depth"),

@@ -140,6 +140,25 @@ def test_a_file_says_what_it_is(tmp_path):
         read_header(tmp_path / version / "manifest.json")
 
 
+@pytest.mark.parametrize("verify", ["quick", "all"])
+@pytest.mark.parametrize("packing", ["dense", "block"])
+@pytest.mark.parametrize("remap", [None, np.zeros(0, int), np.array([-1, -1])])
+def test_a_table_without_rows_is_opened(tmp_path, packing, verify, remap):
+    _store(tmp_path, 0, packing=packing, remap=remap)
+    with open_store(tmp_path, verify=verify) as store:
+        table = store.tables[0]
+        assert (table.spec.rows, table.size, table.ids) == (0, 4096, 0 if remap is None else len(remap))
+        np.testing.assert_array_equal(table.remap, remap)
+        assert list(table.stream()) == []
+        nothing = np.zeros(0, np.int64)
+        files, offsets = store.locate(nothing, nothing)
+        assert (files.dtype, files.shape, offsets.dtype, offsets.shape) == (np.int32, (0,), np.int64, (0,))
+        assert table.positions(nothing).shape == (0,)
+        # The other table is as ever.
+        rows = np.concatenate(list(store.tables[1].stream()))
+        np.testing.assert_array_equal(decode(rows, RowFormat("float32", 6)), _values(7, 6, 1))
+
+
 @pytest.mark.parametrize("kept", [0, 100, 4096, 8192, -1])
 def test_a_truncated_file_is_found_at_open(tmp_path, kept):
     path = tmp_path / _store(tmp_path, 4000) / "00000.rows"

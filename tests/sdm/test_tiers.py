@@ -285,12 +285,13 @@ def test_a_look_up_inside_any_program(stores):
     ("arguments", "message"),
     [
         ({"placement": {"table0": "memory"}}, "a tier to every table and no other.*table1"),
-        ({"placement": "disk"}, "tier 'disk' is unknown"),
+        ({"placement": "disk"}, "tier='disk' is unknown; there are memory"),
         ({"cache_bytes": -1}, "cache_bytes=-1 must not be negative"),
         ({"mode": "max"}, "mode='max' is unknown"),
         ({"form": "fast"}, "form='fast' is unknown"),
         ({"buffers": 2}, "a ring needs 3 buffers or more"),
-        ({"policy": "clip"}, "policy"),
+        ({"policy": "clip"}, "policy='clip' is unknown"),
+        ({"cache_bytes": 100}, "cache_bytes=100 is too small: 16 rows of each size take"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(stores, arguments, message):

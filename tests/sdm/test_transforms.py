@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxeff.sdm import transforms
 from jaxeff.sdm.encoding import RowFormat, decode, decode_jax, encode, zero_row
+from jaxeff.sdm.layout import Layout
 from jaxeff.sdm.stored_file import CHUNK, CorruptTable, DiskFull
 from jaxeff.sdm.table import TableSpec, open_store
 from jaxeff.sdm.transforms import deprune, dequantise, pad_rows, preview, reencode, reorder, rewrite
@@ -188,6 +189,68 @@ def test_an_order_without_a_remap_gives_new_ids_and_takes_no_fast_memory(tmp_pat
     with open_store(tmp_path) as after:
         assert after.tables[0].remap is None
         np.testing.assert_array_equal(decode(_stored(after), RowFormat("float32", 4)), values[order])
+
+
+def test_a_layout_puts_every_row_at_its_position(tmp_path):
+    position = np.array([3, 0, 4, 1, 2], np.int32)
+    found = Layout(position, "bisection", 1.0, 0.5, 5, position.nbytes)
+    values = _values(5)
+    _write(tmp_path, values)
+    with open_store(tmp_path) as before:
+        change = rewrite(before, tmp_path, {"t": reorder(found)}).changes[0]
+        assert preview(before, {"t": reorder(found.order)})[0] == change
+        rewrite(before, tmp_path / "new", {"t": reorder(found, remap=False)})
+    for folder, remap in ((tmp_path, position.tolist()), (tmp_path / "new", None)):
+        with open_store(folder) as after:
+            assert (after.tables[0].remap if remap is None else after.tables[0].remap.tolist()) == remap
+            np.testing.assert_array_equal(decode(_stored(after), RowFormat("float32", 4))[position], values)
+    assert change.after.fast_bytes == found.remap_bytes == 20
+
+
+def test_a_layout_that_leaves_the_order_changes_nothing(tmp_path):
+    _write(tmp_path, _values(60), remap=_remaps(1)["none"])
+    stays = Layout(None, "none", 1.0, 1.0, 0, 0)
+    with open_store(tmp_path) as before:
+        for remap in (True, False):
+            for change in rewrite(before, tmp_path / "new", reorder(stays, remap=remap)).changes:
+                assert change.before == change.after
+        with open_store(tmp_path / "new") as after:
+            np.testing.assert_array_equal(_stored(after), _stored(before))
+
+
+def test_a_layout_of_another_table_prunes_no_rows(tmp_path):
+    found = Layout(np.arange(4, dtype=np.int32)[::-1], "bisection", 1.0, 0.5, 4, 16)
+    _write(tmp_path, _values(10))
+    with open_store(tmp_path) as store, pytest.raises(ValueError, match="one of 4 rows, but table 't' has 10"):
+        preview(store, {"t": reorder(found)})
+
+
+@pytest.mark.parametrize("none", [[], np.zeros(0, np.int32)])
+@pytest.mark.parametrize("packing", ["dense", "block"])
+def test_all_rows_may_go(tmp_path, none, packing):
+    _write(tmp_path, _values(60), packing=packing)
+    with open_store(tmp_path) as before:
+        foreseen = preview(before, {"t": reorder(none)})
+        assert rewrite(before, tmp_path, {"t": reorder(none)}).changes == foreseen
+    for verify in ("quick", "all"):
+        with open_store(tmp_path, verify=verify) as after:
+            assert (after.tables[0].spec.rows, after.tables[0].ids) == (0, 60)
+            assert not _of_ids(after).any() and not len(_stored(after))
+            again = rewrite(after, tmp_path / "back", {"t": deprune}).changes
+    with open_store(tmp_path / "back") as back:
+        assert back.tables[0].spec.rows == 60 and not _stored(back).any()
+        assert again[0].after.fast_bytes == 0
+
+
+def test_an_empty_table_goes_through_all_steps(tmp_path):
+    _write(tmp_path, _values(0))
+    steps = [reorder([]), deprune, reorder([]), reencode("int8"), dequantise, pad_rows(64)]
+    with open_store(tmp_path) as before:
+        for some in (steps, steps[:1]):
+            foreseen = preview(before, {"t": some})
+            assert rewrite(before, tmp_path / "new", {"t": some}).changes == foreseen
+            with open_store(tmp_path / "new", verify="all") as after:
+                assert (after.tables[0].ids, len(_stored(after))) == (0, 0)
 
 
 def test_steps_compose_in_order(tmp_path):

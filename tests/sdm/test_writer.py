@@ -13,7 +13,7 @@ import pytest
 
 from jaxeff.sdm.convert import tables_of, write_tables
 from jaxeff.sdm.disk import Disk
-from jaxeff.sdm.encoding import RowFormat, decode, encode
+from jaxeff.sdm.encoding import KINDS, RowFormat, decode, encode
 from jaxeff.sdm.stored_file import CorruptTable, DiskFull, NoStore, StoreBusy, StoreError, WriteError
 from jaxeff.sdm.table import TableSpec, open_store
 from jaxeff.sdm.versions import versions
@@ -336,6 +336,15 @@ def test_an_iterator_may_use_its_memory_again(tmp_path):
     with open_store(tmp_path) as store:
         (rows,) = store.tables[0].stream()
         np.testing.assert_array_equal(decode(rows, RowFormat("float32", 4))[:, 0], np.arange(49))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_array_without_rows_is_a_table(tmp_path, kind):
+    write_tables(tmp_path, {"none": np.zeros((0, 4), np.float32), "some": np.ones((3, 4), np.float32)}, kind)
+    for verify in ("quick", "all"):
+        with open_store(tmp_path, verify=verify) as store:
+            assert [table.spec.rows for table in store.tables] == [0, 3]
+            assert list(store.tables[0].stream()) == []
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
