@@ -82,8 +82,10 @@ def check_bags(bags: Bags, rows: int | np.ndarray, policy: str = "raise", dtype:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
     most = np.iinfo(dtype).max
     limits = np.asarray(rows)
-    if limits.size and not 1 <= limits.min() <= limits.max() <= most:
-        wrong = limits.min() if limits.min() < 1 else limits.max()
+    # Of several tables one may be empty, if its bags are.
+    least = 0 if limits.ndim else 1
+    if limits.size and not least <= limits.min() <= limits.max() <= most:
+        wrong = limits.min() if limits.min() < least else limits.max()
         raise ValueError(
             f"rows: expected 1 to {most} to be indexed by {np.dtype(dtype)}, got {wrong}; a table of more rows cannot "
             "be one JAX array: split it, or keep it on disk and pass dtype=np.int64"
@@ -244,7 +246,7 @@ def pooled_lookup(
     total = jnp.where(valid.all(1)[:, None], total, jnp.nan)
     if mode == "mean":
         entries = jnp.full(indices.shape[:1], count) if lengths is None else lengths
-        total = _mean(total, entries)
+        total = mean_of(total, entries)
     return total
 
 
@@ -373,10 +375,11 @@ def embedding_bag_csr(
 
     start = pooled_lookup(table, jnp.zeros((len(begins), 0), jnp.int32), decode=decode)
     total = lax.fori_loop(0, lengths.max(initial=0), add, start) if len(indices) else start
-    return _mean(total, lengths) if mode == "mean" else total
+    return mean_of(total, lengths) if mode == "mean" else total
 
 
-def _mean(total: jax.Array, entries: jax.Array) -> jax.Array:
+def mean_of(total: jax.Array, entries: jax.Array) -> jax.Array:
+    """Sums float32 [B, D] over their entries, integers [B], with the bits of look-ups; no entry counts as one."""
     # XLA makes a division by what is broadcast a product with its reciprocal, in some programs and not in others.
     counts = jnp.broadcast_to(jnp.maximum(entries, 1).astype(jnp.float32)[:, None], total.shape)
     return total / _opaque(counts, total)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxeff.ops.embedding_bag import pooled_lookup
+from jaxeff.ops.embedding_bag import mean_of, pooled_lookup
 
 METHODS = ("all_to_all", "reduce_scatter")
 
@@ -100,7 +100,7 @@ def sharded_lookup(
         pooled, lost = on_device(table, indices, inside & ~outside, weight)
         pooled = jnp.where(outside.any(1)[:, None], jnp.nan, pooled)
         if mode == "mean":
-            pooled = pooled / jnp.maximum(length, 1)[:, None].astype(pooled.dtype)
+            pooled = mean_of(pooled, length)
         return pooled, lost
 
     if mode not in ("sum", "mean"):
@@ -132,9 +132,7 @@ def _routed(table, indices, inside, weight, *, axis, parts, capacity):
     rows = lax.all_to_all(table[incoming], axis, 0, 0).reshape(parts * room, -1)
     # One more row, of zeros, for look-ups that are padding or found no room.
     rows = jnp.pad(rows, ((0, 1), (0, 0)))
-    found = (
-        jnp.full(count, parts * room, jnp.int32).at[order].set(jnp.where(sent, place, parts * room).astype(jnp.int32))
-    )
+    found = jnp.zeros(count, jnp.int32).at[order].set(place.astype(jnp.int32))
     pooled = pooled_lookup(rows, found.reshape(indices.shape), None, jnp.where(inside, weight, 0))
     lost = jnp.sum(valid) - jnp.sum(sent)
     return pooled, lax.psum(lost.astype(jnp.int32), axis)

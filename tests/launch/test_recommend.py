@@ -29,9 +29,11 @@ def test_a_generated_trace_is_served_from_files_as_from_memory(tmp_path):
 def test_rows_can_be_split_and_bags_kept(tmp_path):
     config = smoke(trace)
     config.memory.update({"split_rows": True, "pooled_share": 0.2, "cache_share": 0.3})
-    config.serving.lookahead = 4
+    config.serving.update({"lookahead": 4, "measured": 5})
+    config.trace.update({"session_queries": 8.0, "queries": 40})
     (row,) = recommend.run(config, tmp_path / "run")["served"]
     assert sum(row["pinned_rows"].values()) > 0 and set(row["tiers"].values()) == {"cached"}
+    assert row["pooled_hit_rate"] > 0
 
 
 @pytest.mark.slow

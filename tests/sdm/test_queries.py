@@ -76,6 +76,39 @@ def test_what_is_wrong_is_named(change, message):
         queries.checked(asked, np.array([10, 10]))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Bags(np.arange(3), np.array([0, 2]), None), "table 1: offsets: must end at the number of indices, 3, got 2"),
+        (Bags(np.arange(3), np.array([0, 7]), None), "table 1: offsets: must end at the number of indices, 3, got 7"),
+        (Bags(np.arange(3), np.array([0, -3]), None), "table 1: offsets: expected no negative ones"),
+        (Bags(np.array([1.7]), np.array([0, 1]), None), "table 1: indices: expected integers, got float64"),
+        (Bags(np.arange(3), np.array([0, 3]), np.ones(2, np.float32)), "table 1: weights"),
+    ],
+)
+def test_bags_are_checked_when_they_are_laid_end_to_end(wrong, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        queries.query([bags([1]), wrong])
+
+
+def test_tables_that_are_no_integers_are_refused():
+    asked = queries.query([bags([1])])
+    with pytest.raises(TypeError, match=r"tables: expected integers \[G\], got float64"):
+        queries.checked(asked._replace(tables=np.array([0.0])), np.array([10]))
+    assert queries.checked(asked._replace(tables=[0]), np.array([10])).tables.dtype == np.int32
+
+
+def test_look_ups_of_one_id_are_sorted_by_their_weights():
+    weights = np.array([0.5, 3.0, 0.25, 1.0], np.float32)
+    asked = queries.query([bags([5, 7, 5, 5], weights=weights)])
+    order = np.array([3, 1, 0, 2])
+    mixed = asked._replace(indices=asked.indices[order], weights=asked.weights[order])
+    for one in (asked, mixed):
+        ordered = queries.sorted_bags(one)
+        np.testing.assert_array_equal(ordered.indices, [5, 5, 5, 7])
+        np.testing.assert_array_equal(ordered.weights, [0.25, 0.5, 1.0, 3.0])
+
+
 def test_weights_for_some_tables_alone_are_refused():
     with pytest.raises(ValueError, match="some bags have weights and others none"):
         queries.query([bags([1], weights=np.ones(1, np.float32)), bags([2])])
