@@ -180,14 +180,14 @@ class Tiers:
         memory, needed, found = [], [], []
         groups = self.group[asked.tables]
         for group in range(len(self.formats)):
-            if (wanted := in_memory & (groups == group)).any():
-                memory.append((group, queries.chosen(asked, wanted)))
-                found.append(np.flatnonzero(wanted))
+            if len(bags := np.flatnonzero(in_memory & (groups == group))):
+                memory.append((group, queries.chosen(asked, bags)))
+                found.append(bags)
         for group in range(len(self.formats)):
-            if (wanted := ~in_memory & ~ready & (groups == group)).any():
-                one = self._needed(group, queries.chosen(asked, wanted))
+            if len(bags := np.flatnonzero(~in_memory & ~ready & (groups == group))):
+                one = self._needed(group, queries.chosen(asked, bags))
                 needed.append((group, one))
-                found.append(np.flatnonzero(wanted))
+                found.append(bags)
                 counters.unique += len(one.keys)
         order = np.empty(len(asked.tables), np.int32)
         order[np.concatenate([*found, np.flatnonzero(ready)]).astype(np.int64)] = np.arange(len(order))
@@ -197,9 +197,12 @@ class Tiers:
         tables = np.repeat(asked.tables, asked.lengths)
         rows = self.remaps.rows(tables, asked.indices)
         kept = rows >= 0
-        keys, found = np.unique(row_keys(tables[kept], rows[kept]), return_inverse=True)
-        inverse = np.full(len(rows), len(keys))
-        inverse[kept] = found
+        if kept.all():
+            keys, inverse = np.unique(row_keys(tables, rows), return_inverse=True)
+        else:
+            keys, found = np.unique(row_keys(tables[kept], rows[kept]), return_inverse=True)
+            inverse = np.full(len(rows), len(keys))
+            inverse[kept] = found
         pins = self._pinned[group]
         return Needed(keys, *split_keys(keys), inverse, asked, None if pins is None else pins.find(keys))
 

@@ -143,18 +143,26 @@ def plan(files: np.ndarray, offsets: np.ndarray, length: int, start: np.ndarray,
     run_offset = run_start - start[run_file]
 
     # Fillings: as many whole runs as fit.
-    total = np.concatenate([[0], np.cumsum(run_size)])
+    total = np.zeros(len(heads) + 1, np.int64)
+    np.cumsum(run_size, out=total[1:])
     border = [0]
     while border[-1] < len(heads):
         border.append(int(np.searchsorted(total, total[border[-1]] + half, side="right")) - 1)
     run_border = np.array(border)
-    filling = np.repeat(np.arange(len(border) - 1), np.diff(run_border))
-    run_position = total[:-1] - total[run_border[filling]] + filling % 2 * half
+    run_position = total[:-1]
+    if len(border) > 2:
+        filling = np.repeat(np.arange(len(border) - 1), np.diff(run_border))
+        run_position = run_position - total[run_border[filling]] + filling % 2 * half
 
     row_run = np.cumsum(new) - 1
     row_position = place - run_start[row_run] + run_position[row_run]
     row_border = np.append(heads, len(place))[run_border]
 
+    if run_size.max() <= MAX_REQUEST:  # as nearly always, each run is one request
+        return Plan(
+            length, block, order, row_position, row_run, run_file, run_offset, run_size, run_need, run_position,
+            np.arange(len(heads)), row_border, run_border, half, blocks,
+        )  # fmt: skip
     pieces = -(-run_size // MAX_REQUEST)
     request_run = np.repeat(np.arange(len(heads)), pieces)
     request_total = np.concatenate([[0], np.cumsum(pieces)])

@@ -115,7 +115,9 @@ class QueueReads(abc.ABC):
                 count = min(self.depth - flying, len(requests) - at)
                 queue.put(requests[at : at + count])
                 at, flying = at + count, flying + count
-            queue.enter(min(self._quarter, flying), None if until is None else until - time.monotonic())
+            # With nothing left to submit, being woken early would only cost time.
+            wanted = min(self._quarter, flying) if at < len(requests) or made < fillings else flying
+            queue.enter(wanted, None if until is None else until - time.monotonic())
             user, result = queue.take()
             idle = 0 if len(user) else idle + 1
             if idle:
