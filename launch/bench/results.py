@@ -224,9 +224,10 @@ def table(folder: pathlib.Path = FOLDER) -> str:
 
 
 def record(workdir: str | os.PathLike[str], name: str, folder: pathlib.Path = EXPERIMENTS) -> None:
-    """Keeps the summary and the figure of a finished run of `launch.train`, `launch.convert` or `launch.federate`.
+    """Keeps the summary and the figure of a finished run of a job.
 
-    The figure is the curve of its cascade where there is one, and the comparison of its networks otherwise.
+    The figure is the curve of its cascade where there is one, the hit rates of its tables, or the comparison of its
+    networks.
 
     Raises:
       FileNotFoundError: if the run has no summary yet.
@@ -237,7 +238,7 @@ def record(workdir: str | os.PathLike[str], name: str, folder: pathlib.Path = EX
     entry = {"device": device(), "versions": versions(), "date": datetime.date.today().isoformat(), **summary}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({**entry, "config": config}, indent=2) + "\n")
-    figure = "cascade.png" if "cascade" in summary else "comparison.png"
+    figure = "cascade.png" if "cascade" in summary else "hit_rates.png" if "served" in summary else "comparison.png"
     shutil.copyfile(run / "figures" / figure, folder / f"{name}.png")
 
 
@@ -247,6 +248,8 @@ def experiment_table(path: pathlib.Path) -> str:
     data, seeds = entry["dataset"], entry["seeds"]
     if "clients" in entry:
         return _federation_table(entry)
+    if "served" in entry:
+        return _serving_table(entry)
     rows = comparison_markdown(entry["networks"])
     if "cascade" in entry:
         rows += f"\n\n{_cascade_table(entry['cascade'])}"
@@ -282,6 +285,35 @@ def _federation_table(entry: Mapping[str, Any]) -> str:
         f"images, {entry['rounds']} rounds of {entry['epochs']} epochs, seeds {seeds}; {entry['device']}, "
         f"{entry['date']}."
     )
+
+
+def _serving_table(entry: Mapping[str, Any]) -> str:
+    scored = "auc" in entry["served"][0]
+    columns = [
+        "tables",
+        "in memory",
+        "queries/s",
+        "beside memory",
+        "p50",
+        "p99",
+        "hit rate",
+        "reads a query",
+        "foretold",
+    ]
+    columns += ["AUC", "log-loss"] if scored else []
+    lines = [f"| rows | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for row in entry["served"]:
+        cells = [row["kind"], f"{row['table_bytes'] / 1e6:.2f} MB", f"{row['fast_bytes'] / 1e6:.3f} MB"]
+        cells += [f"{row['qps']:.0f}", f"{row['qps'] / row['qps_in_memory']:.2f}"]
+        cells += [f"{1e3 * row['p50']:.2f} ms", f"{1e3 * row['p99']:.2f} ms", f"{100 * row['hit_rate']:.1f} %"]
+        cells += [f"{row['reads']:.1f}", f"{row['reads_foretold']:.1f}"]
+        cells += [f"{row['auc']:.4f}", f"{row['log_loss']:.4f}"] if scored else []
+        lines.append(f"| {' | '.join(cells)} |")
+    data, seeds = entry["dataset"], ", ".join(map(str, entry["seeds"]))
+    learned = f"{data['train']:,} training and {data['test']:,} test examples, " if "train" in data else ""
+    size = f"queries of {entry['config']['serving']['examples']} examples"
+    rows = "\n".join(lines)
+    return f"{rows}\n\n{data['name']}: {learned}{size}, seeds {seeds}; {entry['device']}, {entry['date']}."
 
 
 def _cascade_table(found: Mapping[str, Any]) -> str:

@@ -41,19 +41,6 @@ def finished_job(start_job):
     return run
 
 
-@pytest.fixture(scope="session", autouse=True)
-def started_processes_use_the_compilation_cache():
-    settings = {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        yield
-
-
 @pytest.fixture(scope="session")
 def final_params():
     """Returns the newest saved parameters of a run, on one device, from the run's folder alone."""

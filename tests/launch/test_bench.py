@@ -183,6 +183,23 @@ def test_a_recorded_run_becomes_a_table_of_the_readme(tmp_path):
     assert "| first order | 50.00 % | 1,234 |" in text and "mean over seeds 0, 1" in text and text.endswith("after")
 
 
+def test_a_recorded_recommendation_shows_what_serving_took(tmp_path):
+    run, folder = tmp_path / "run", tmp_path / "results"
+    (run / "figures").mkdir(parents=True)
+    (run / "figures" / "hit_rates.png").write_bytes(b"png")
+    (run / "config.json").write_text(json.dumps({"config": {"serving": {"examples": 64}}}))
+    row = {"kind": "int8", "table_bytes": 5e6, "fast_bytes": 5e5, "qps": 90, "qps_in_memory": 120, "p50": 1e-3}
+    row |= {"p99": 2e-3, "hit_rate": 0.875, "reads": 12.34, "reads_foretold": 12.0, "auc": 0.7, "log_loss": 0.6}
+    summary = {"dataset": {"name": "films", "train": 1000, "test": 100}, "served": [row], "seeds": [0]}
+    (run / "summary.json").write_text(json.dumps(summary))
+    results.record(run, "films", folder / "experiments")
+    text = results.experiment_table(folder / "experiments" / "films.json")
+    assert (
+        "| int8 | 5.00 MB | 0.500 MB | 90 | 0.75 | 1.00 ms | 2.00 ms | 87.5 % | 12.3 | 12.0 | 0.7000 | 0.6000 |" in text
+    )
+    assert "films: 1,000 training and 100 test examples, queries of 64 examples, seeds 0" in text
+
+
 def test_a_recorded_cascade_shows_where_images_left(tmp_path):
     run = tmp_path / "run"
     (run / "figures").mkdir(parents=True)

@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import pytest
 
 SCRIPT = pathlib.Path(__file__).with_name("tiny_run.py")
@@ -35,12 +34,6 @@ def uninterrupted(tiny, tmp_path_factory):
 def start_process():
     """Starts the tiny run in a process of its own; ends it after the tests if it is still there."""
     started = []
-    # Compiling the tiny run takes longer than everything else its process does.
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
 
     def start(workdir, *arguments):
         process = subprocess.Popen(
@@ -49,7 +42,7 @@ def start_process():
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **cache, "JAX_PLATFORMS": "cpu"},
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )
         started.append(process)
         return process
