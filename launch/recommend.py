@@ -68,7 +68,7 @@ def run(config: Mapping[str, Any], workdir: str, *, overwrite: bool = False) -> 
         figures.draw_placement(plans, folder / "placement.png")
     figures.draw_devices([shown.device, sdm.PRESETS["nand"], sdm.PRESETS["optane"]], folder / "devices.png")
     figures.draw_savings([power.compare(scenario) for scenario in power.PUBLISHED], folder / "power.png")
-    summary = {"dataset": found.notes, "device": shown.device.origin, "served": rows, "seeds": list(problems)}
+    summary = {"dataset": found.notes, "storage": shown.device.origin, "served": rows, "seeds": list(problems)}
     training.write_summary(directory, summary)
     job.show(table(summary, title=f"{found.notes['name']}: {len(found.queries)} queries of "
                                   f"{config['serving']['examples']} examples"))  # fmt: skip

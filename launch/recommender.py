@@ -1,6 +1,7 @@
 """The parts of `launch.recommend`: features, training, stores, and what serving a trace from tiers takes."""
 
 import dataclasses
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -369,6 +370,7 @@ class Served(NamedTuple):
       latency: seconds of each query that was served alone.
       compute: seconds of these in the model.
       host: seconds of these in planning and caches, without reading.
+      busy: seconds of these of a core, for all of fetching.
       counters: of the queries that were fetched ahead.
       spans: of the last of these.
       fast_bytes: memory of tables, rows and caches.
@@ -379,6 +381,7 @@ class Served(NamedTuple):
     latency: np.ndarray
     compute: np.ndarray
     host: np.ndarray
+    busy: np.ndarray
     counters: sdm.Counters
     spans: list[Span]
     fast_bytes: int
@@ -402,11 +405,12 @@ def served(config: Mapping[str, Any], found: Problem, params: Any, tiers: sdm.Ti
     half = len(stages) // 2
     qps = (len(stages) - half) / (stages[-1][-1] - stages[half - 1][-1]) if half else 1 / (stages[0][-1] - stages[0][0])
     counters = tiers.counters.since(before)
-    latency, compute, host = [], [], []
+    latency, compute, host, busy = [], [], [], []
     for asked, dense in found.queries[len(found.queries) - alone :]:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.thread_time()
         staged = tiers.fetch(tiers.plan(asked))
         fetched = time.perf_counter()
+        busy.append(time.thread_time() - used)
         scores, pooled = score(params, dense, staged.arrays, staged.layout)
         tiers.read_by(staged, pooled)
         logits.append(np.asarray(scores))
@@ -417,7 +421,7 @@ def served(config: Mapping[str, Any], found: Problem, params: Any, tiers: sdm.Ti
     spans = figures.spans(stages[-SHOWN:])
     return Served(
         np.concatenate(logits), qps, np.array(latency), np.array(compute), np.array(host),
-        counters, spans, tiers.fast_bytes,
+        np.array(busy), counters, spans, tiers.fast_bytes,
     )  # fmt: skip
 
 
@@ -457,6 +461,7 @@ def compared(
     device = sdm.PRESETS[config["device"]] if config["device"] != "measured" else sdm.calibrate(largest.path.parent)
     predicted = sdm.predict(
         choice.needs, device, compute_seconds=float(ours.compute.mean()), host_seconds=float(ours.host.mean()),
+        busy_seconds=float(ours.busy.mean()), cores=os.cpu_count() if jax.default_backend() == "cpu" else None,
         depth=config["serving"]["queue_depth"], block=block, packing=store.packing,
     )  # fmt: skip
     total = sum(table.spec.rows * table.spec.format.row_bytes for table in store.tables)

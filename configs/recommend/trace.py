@@ -1,6 +1,9 @@
 """A recommendation model with its user tables in files, and look-ups with the reuse of production; no data needed.
 
-python -m launch.recommend --config=configs/recommend/trace.py --workdir=runs/recommend_trace
+    python -m launch.recommend --config=configs/recommend/trace.py --workdir=runs/recommend_trace
+
+Half a minute on two CPU cores; not timed on a GPU yet. About two thirds of the queries per second of tables in memory,
+with a tenth of their bytes in memory and a hit rate of 82 to 84 %.
 """
 
 from ml_collections import ConfigDict

@@ -38,7 +38,8 @@ class Prediction(NamedTuple):
       qps: queries per second that the host sustains: the least bound.
       bound: the name of that bound.
       bounds: queries per second that each bound alone would allow, by name: "compute", "fetch" (the reads of one query
-        after those of another), "serial" in place of both where they do not overlap, "iops", "bus" and "latency".
+        after those of another), "serial" in place of both where they do not overlap, "cores" of a host that fetches and
+        computes, "iops", "bus" and "latency".
       tables: as given, with the hit rates that were used.
     """
 
@@ -146,6 +147,8 @@ def predict(
     bus_bytes_per_second: float = math.inf,
     sla_seconds: float | None = None,
     tail: float = 1.0,
+    cores: int | None = None,
+    busy_seconds: float | None = None,
 ) -> Prediction:
     """Predicts reads, time and queries per second of a host whose slow memory holds some tables.
 
@@ -164,6 +167,9 @@ def predict(
       bus_bytes_per_second: of the bus of the device.
       sla_seconds: that a query may take at most; None for no such bound.
       tail: how many times the mean the slow queries are that must meet it.
+      cores: of the host where it computes the model, too, on all of them: fetching then takes from computing. None
+        where an accelerator computes.
+      busy_seconds: of one core for fetching a query, the submission of reads included; None for `host_seconds`.
 
     Returns:
       The prediction. A host that an agreement of `sla_seconds` can never meet has a latency bound of 0.
@@ -198,6 +204,10 @@ def predict(
         bounds |= {"compute": _rate(compute_seconds), "fetch": streams * _rate(fetch)}
     else:
         bounds["serial"] = _rate(compute_seconds + fetch)
+    if cores is not None:
+        check_least("cores", cores, 1)
+        busy = check_least("busy_seconds", host_seconds if busy_seconds is None else busy_seconds)
+        bounds["cores"] = _rate(compute_seconds + busy / cores)
     if sla_seconds is not None:
         check_least("sla_seconds", sla_seconds)
         rest = host_seconds + compute_seconds - independent_seconds

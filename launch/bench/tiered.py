@@ -5,6 +5,7 @@ its 64 items. Fast memory is a tenth of the tables: item tables whole, the rest 
 """
 
 import dataclasses
+import os
 import pathlib
 import statistics
 import tempfile
@@ -171,10 +172,10 @@ def planner(pairs: int) -> Iterator[dict[str, Any]]:
         device = sdm.calibrate(pathlib.Path(work.store.tables[0].path).parent, size=2**27)
         work.one_by_one(tiers, start - WINDOW, start)  # compiles
         fetch, compute = work.one_by_one(tiers, start, start + WINDOW)
-        hits = _host_seconds(tiers, work.queries[start : start + WINDOW])
+        host, busy = _host_seconds(tiers, work.queries[start : start + WINDOW])
         predicted = sdm.predict(
-            needs, device, compute_seconds=float(compute.mean()), host_seconds=hits, packing="block",
-            block=tiers.reader.block,
+            needs, device, compute_seconds=float(compute.mean()), host_seconds=host, busy_seconds=busy,
+            cores=os.cpu_count(), packing="block", block=tiers.reader.block,
         )  # fmt: skip
         reads = [counted.requests / counted.queries]
         yield _off(
@@ -221,12 +222,12 @@ def _off(
     )  # fmt: skip
 
 
-def _host_seconds(tiers: sdm.Tiers, asked: Sequence[sdm.Query]) -> float:
-    """Seconds of a query that planning and fetching take besides reading."""
-    began, read = time.perf_counter(), 0.0
+def _host_seconds(tiers: sdm.Tiers, asked: Sequence[sdm.Query]) -> tuple[float, float]:
+    """Seconds of a query that planning and fetching take besides reading, and those of a core with it."""
+    began, busy, read = time.perf_counter(), time.thread_time(), 0.0
     for query in asked:
         read += tiers.fetch(tiers.plan(query)).read
-    return (time.perf_counter() - began - read) / len(asked)
+    return (time.perf_counter() - began - read) / len(asked), (time.thread_time() - busy) / len(asked)
 
 
 def _ratio(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxeff.sdm import demand, forecast, planner
 from jaxeff.sdm.demand import HitCurve, TableNeed
-from jaxeff.sdm.device import DeviceProfile
+from jaxeff.sdm.device import PRESETS, DeviceProfile
 from jaxeff.sdm.io.blocks import MAX_REQUEST
 
 USER = TableNeed("user", rows=1000, row_bytes=128, pooling=30, hit_rate=0.9)
@@ -19,6 +19,18 @@ ITEM = TableNeed("item", rows=500, row_bytes=64, pooling=2, batch_items=100)
 
 # Reads take 100 microseconds until 40 are outstanding, and then share 400,000 per second.
 DEVICE = DeviceProfile("line", (1, 40), (1e4, 4e5), 512, dwpd=3, watts=10, dollars_per_gb=0.1, capacity_bytes=1e12)
+
+
+def test_a_host_that_computes_too_loses_what_fetching_takes():
+    table = TableNeed("t", 1000, 256, 10.0)
+    alone = planner.predict([table], PRESETS["optane"], compute_seconds=2e-3, host_seconds=1e-3)
+    shared = planner.predict([table], PRESETS["optane"], compute_seconds=2e-3, host_seconds=1e-3, cores=4)
+    assert alone.bound == "compute" and alone.qps == pytest.approx(500)
+    assert shared.bound == "cores" and shared.qps == pytest.approx(1 / (2e-3 + 1e-3 / 4))
+    busy = planner.predict([table], PRESETS["optane"], compute_seconds=2e-3, cores=2, busy_seconds=4e-3)
+    assert busy.qps == pytest.approx(250)
+    with pytest.raises(ValueError, match="cores"):
+        planner.predict([table], PRESETS["optane"], compute_seconds=1.0, cores=0)
 
 
 def test_demand_follows_the_formulas():
