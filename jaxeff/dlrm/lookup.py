@@ -27,9 +27,13 @@ def query_of(ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray | None = 
       weights: float32 [B, T, L], or None.
 
     Raises:
+      TypeError: for ids or lengths that are not integers.
       ValueError: for shapes that do not fit together, or lengths out of range.
     """
     ids, lengths = np.asarray(ids), np.asarray(lengths)
+    for name, array in (("ids", ids), ("lengths", lengths)):
+        if not np.issubdtype(array.dtype, np.integer):
+            raise TypeError(f"{name}: expected integers, got {array.dtype}")
     if ids.ndim != 3 or lengths.shape != ids.shape[:2] or (weights is not None and np.shape(weights) != ids.shape):
         raise ValueError(f"expected ids [B, T, L] and lengths [B, T], got {ids.shape} and {lengths.shape}")
     if lengths.size and not 0 <= lengths.min() <= lengths.max() <= ids.shape[2]:
@@ -48,7 +52,7 @@ def per_example(pooled: jax.Array, bags: Sequence[int], examples: int) -> jax.Ar
     """Vectors of a query as the model takes them.
 
     Args:
-      pooled: float32 [G, D] or more rows, table after table.
+      pooled: float32 [G, D], table after table.
       bags: of each table in the query, `examples`, or 1 for one that all of them share.
       examples: B.
 
@@ -60,6 +64,8 @@ def per_example(pooled: jax.Array, bags: Sequence[int], examples: int) -> jax.Ar
     """
     if odd := [count for count in bags if count not in (1, examples)]:
         raise ValueError(f"bags: expected 1 or {examples} for each table, got {odd[0]}")
+    if len(pooled) != sum(bags):
+        raise ValueError(f"bags: the query has {len(pooled)} bags, but {tuple(bags)} are {sum(bags)}")
     starts = np.cumsum([0, *bags[:-1]])
     where = np.stack([start + np.arange(examples) * (count > 1) for start, count in zip(starts, bags, strict=True)], 1)
     return pooled[where]

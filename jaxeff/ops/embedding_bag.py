@@ -135,6 +135,8 @@ def well_formed(bags: Bags) -> Bags:
             raise TypeError(f"{name}: expected integers, got {array.dtype}")
         if array.ndim != 1:
             raise ValueError(f"{name}: expected one dimension, got shape {array.shape}")
+    if indices.dtype == np.uint64 and indices.size and indices.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"indices: {indices.max()} is more than int64 holds; hash ids to fewer numbers")
     offsets = offsets.astype(np.int64, copy=False)
     _check_offsets(offsets, len(indices))
     weights = None if bags.weights is None else _checked_weights(np.asarray(bags.weights), len(indices))

@@ -5,7 +5,6 @@ Nothing overlaps and every result is copied; `jaxeff.sdm.pipeline` is for speed.
 Letters: B samples, D dimension, L look-ups of the longest bag, T tables.
 """
 
-import threading
 from collections.abc import Callable
 
 import jax
@@ -24,9 +23,9 @@ def callback_lookup(tiers: Tiers) -> Callable[[jax.Array, jax.Array], jax.Array]
 
     Returns:
       A function (ids int32 [B, T, L], lengths int32 [B, T]) -> float32 [B, T, D]. Ids beyond the length of a bag are
-      ignored. Errors of the look-up end the program, with their message.
+      ignored. Errors of the look-up end the program, with their message. A program that has it must not be told to
+      `Tiers.read_by` of the same tiers, which would wait for each other.
     """
-    one_at_a_time = threading.Lock()
 
     def on_host(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         ids, lengths = np.asarray(ids), np.asarray(lengths)
@@ -36,11 +35,13 @@ def callback_lookup(tiers: Tiers) -> Callable[[jax.Array, jax.Array], jax.Array]
         inside = np.arange(ids.shape[-1]) < lengths[..., None]
         offsets = np.concatenate([[0], np.cumsum(lengths.ravel())]).astype(np.int64)
         of_bags = np.tile(np.arange(tables, dtype=np.int32), samples)
-        with one_at_a_time:
-            pooled = tiers.lookup_on_host(Query(ids[inside].astype(np.int64), offsets, of_bags))
+        pooled = tiers.lookup_on_host(Query(ids[inside].astype(np.int64), offsets, of_bags))
         return pooled.reshape(samples, tables, -1)
 
     def look_up(ids: jax.Array, lengths: jax.Array) -> jax.Array:
+        for name, array in (("ids", ids), ("lengths", lengths)):
+            if not jnp.issubdtype(array.dtype, jnp.integer):
+                raise TypeError(f"{name} must be integers, got {array.dtype}")
         if ids.ndim != 3 or ids.shape[:2] != lengths.shape or ids.shape[1] != len(tiers.rows):
             raise ValueError(
                 f"ids must be [B, {len(tiers.rows)}, L] and lengths [B, {len(tiers.rows)}], got {ids.shape} and "

@@ -78,6 +78,11 @@ class DeviceRows:
         if isinstance(self._told, LookAhead):
             self._told.expect(keys)
 
+    def forget_expected(self) -> None:
+        """As `LookAhead.forget`."""
+        if isinstance(self._told, LookAhead):
+            self._told.forget()
+
     def find(self, keys: np.ndarray, mine: np.ndarray, number: int | None = None) -> np.ndarray:
         """Finds rows, and holds them until `release`.
 
@@ -119,6 +124,10 @@ class DeviceRows:
         """Gives slots to rows, int64 [U], or -1, without counting anything."""
         assert self._directory is not None, "only rows that may stay are warmed"
         return self._directory.warm(keys, _nothing(len(keys)))
+
+    def has(self, keys: np.ndarray) -> np.ndarray:
+        """Which rows are here, bool [U], without counting anything."""
+        return np.zeros(len(keys), bool) if self._directory is None else self._directory.find(keys) >= 0
 
     def release(self) -> None:
         """Holds nothing any more."""

@@ -75,13 +75,17 @@ def pin(
       formats: of the rows of the store.
 
     Raises:
+      TypeError: for ids that are not integers.
       ValueError: for tables that are in memory whole or do not exist, and ids that do not exist.
     """
     tables, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for name, wanted in pinned.items():
         if placement.get(name, "memory") == "memory":
             raise ValueError(f"pinned: {name!r} is no table whose rows are in a file; take it out")
-        table, ids = store.index(name), np.unique(np.asarray(wanted, np.int64))
+        ids = np.unique(np.asarray(wanted))
+        if len(ids) and not np.issubdtype(ids.dtype, np.integer):
+            raise TypeError(f"pinned: ids of {name!r} must be integers, got {ids.dtype}")
+        table, ids = store.index(name), ids.astype(np.int64)
         most = store.tables[table].ids - 1
         if len(ids) and not 0 <= ids[0] <= ids[-1] <= most:
             raise ValueError(f"pinned: ids of {name!r} must be 0 .. {most}, got {ids[0]} .. {ids[-1]}")
@@ -89,9 +93,9 @@ def pin(
         rows.append(of_table[of_table >= 0])
         tables.append(np.full(len(rows[-1]), table))
     of, at = np.concatenate(tables), np.concatenate(rows)
-    keys, of_format = row_keys(of, at), [store.tables[table].spec.format for table in of]
+    keys, groups = row_keys(of, at), np.array([formats.index(table.spec.format) for table in store.tables])[of]
     found: list[PinnedRows | None] = []
-    for form in formats:
-        mine = np.array([one == form for one in of_format], bool)
+    for group in range(len(formats)):
+        mine = groups == group
         found.append(PinnedRows(store, reader, of[mine], at[mine], keys[mine]) if mine.any() else None)
     return found

@@ -71,13 +71,13 @@ class Buffer:
         self.bytes = aligned((size, form.row_bytes))
         self.bytes[:] = zero_row(form)
         self._typed = typed(self.bytes, form)
-        self._shared = shared(self._typed)
+        array = shared(self._typed)
         # A device with memory of its own has a copy, and another JAX may not share: then rows are sent each time.
-        self._same = is_shared(self._shared, self._typed)
+        self._shared = array if is_shared(array, self._typed) else None
 
     def array(self) -> jax.Array:
         """The rows as they are now, on the default device."""
-        return self._shared if self._same else jax.device_put(self._typed, may_alias=False)
+        return jax.device_put(self._typed, may_alias=False) if self._shared is None else self._shared
 
 
 def typed(rows: np.ndarray, form: RowFormat) -> np.ndarray:

@@ -45,6 +45,9 @@ class Foresighted(Protocol):
     def postpone(self, keys: np.ndarray, batch: int) -> None:
         """As `RowCache.postpone`."""
 
+    def known_uses(self, keys: np.ndarray) -> np.ndarray:
+        """As `RowCache.known_uses`."""
+
     def advance(self, batch: int, *, choosy: bool = False) -> None:
         """As `RowCache.advance`."""
 
@@ -125,11 +128,24 @@ class LookAhead:
             self.begun = batch + 1
             self._forget(batch)
             self.cache.advance(batch, choosy=len(self._known) >= self.cache.capacity)
-        return self.beside(keys, hold=hold)
+        else:
+            return self.beside(keys, hold=hold)
+        return self.cache.lookup(keys, self._next_uses(keys), hold=hold)
 
     def beside(self, keys: np.ndarray, *, hold: bool = False) -> np.ndarray:
-        """Finds rows between the announced batches, as `RowCache.lookup`."""
-        return self.cache.lookup(keys, self._next_uses(keys), hold=hold)
+        """Finds rows between the announced batches, as `RowCache.lookup`.
+
+        What is announced of them stays known. What is inserted then is not refused for not being announced, as this may
+        be the end of all announcements.
+        """
+        self.cache.advance(max(0, self.begun - 1), choosy=False)
+        return self.cache.lookup(keys, self.cache.known_uses(keys), hold=hold)
+
+    def forget(self) -> None:
+        """Ends all announcements: what was announced and did not come is not expected any more."""
+        self.begun = self.announced
+        self._forget(self.announced)
+        self.cache.advance(self.announced, choosy=False)
 
     def insert(self, keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Keeps rows of the batch that has begun, as `RowCache.insert`, if they are used before what they replace."""
@@ -138,7 +154,7 @@ class LookAhead:
     def _next_uses(self, keys: np.ndarray) -> np.ndarray:
         """The batch, int32 [n], in which keys of the batch that has begun are used next; `NEVER` of all others."""
         uses = np.full(len(keys), NEVER, np.int32)
-        if not self.begun:
+        if self._first >= self.begun:  # the first of the window has not begun
             return uses
         start, end = (place - self._lost for place in self._starts[:2])
         mine = self._keys[start:end]

@@ -137,6 +137,7 @@ class Staged:
       read: seconds spent in reading from files.
       fetched: seconds from start to end.
       plan: from which it was made.
+      places: the buffers of the tiers that have its rows.
     """
 
     arrays: pooling.Arrays

@@ -1,6 +1,5 @@
 """Queries one after another, fetched ahead by a thread of their own while the caller computes."""
 
-import itertools
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +26,9 @@ class Source(Protocol):
 
     def expect(self, plan: Plan) -> Plan:
         """Says that a plan will be fetched, and gives it a number."""
+
+    def forget_expected(self) -> None:
+        """Says that what was expected and was not fetched will not come."""
 
     def fetch(self, plan: Plan, deadline: float | None) -> Any:
         """Brings the rows."""
@@ -56,7 +58,8 @@ def stream(
         on, as a server wants it; otherwise its error ends the stream, with the queries that were taken after it.
 
     Yields:
-      The queries in order, each `Staged` or `Failed`.
+      The queries in order, each `Staged` or `Failed`. Leaving the generator waits for the query that is being fetched,
+      and for the next of `asked` if that is being waited for: end a queue by a last entry.
 
     Raises:
       ValueError: for a depth below 1 or not below the buffers of the source, or a lookahead that it cannot have.
@@ -66,11 +69,11 @@ def stream(
         raise ValueError(f"depth={depth} must be 1 .. {source.buffers - 1}, one less than the buffers of the tiers")
     if lookahead < 0 or (lookahead and not source.lookahead):
         raise ValueError(f"lookahead={lookahead} must be 0, or above with tiers that were opened with lookahead=True")
-    return _stream(source, _planned(source, asked, lookahead), depth, deadline, keep_going)
+    return _stream(source, _planned(source, asked, lookahead), depth, deadline, keep_going, lookahead > 0)
 
 
 def _stream(
-    source: Source, plans: Iterator[Plan], depth: int, deadline: float | None, keep_going: bool
+    source: Source, plans: Iterator[Plan], depth: int, deadline: float | None, keep_going: bool, told: bool
 ) -> Generator[Any, None, None]:
     def work() -> Any:
         plan = next(plans, None)
@@ -83,16 +86,20 @@ def _stream(
                 raise
             return Failed(plan, error)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="jaxeff-fetch") as thread:
-        ahead: deque[Future[Any]] = deque(thread.submit(work) for _ in range(depth))
-        try:
-            while (staged := ahead.popleft().result()) is not None:
-                # Before the caller computes, so that reading goes on meanwhile.
-                ahead.append(thread.submit(work))
-                yield staged
-        finally:
-            for future in ahead:
-                future.cancel()
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="jaxeff-fetch") as thread:
+            ahead: deque[Future[Any]] = deque(thread.submit(work) for _ in range(depth))
+            try:
+                while (staged := ahead.popleft().result()) is not None:
+                    # Before the caller computes, so that reading goes on meanwhile.
+                    ahead.append(thread.submit(work))
+                    yield staged
+            finally:
+                for future in ahead:
+                    future.cancel()
+    finally:
+        if told:
+            source.forget_expected()
 
 
 def _planned(source: Source, asked: Iterable[Query], lookahead: int) -> Iterator[Plan]:
@@ -100,8 +107,11 @@ def _planned(source: Source, asked: Iterable[Query], lookahead: int) -> Iterator
     queries = iter(asked)
     known: deque[Plan | Exception] = deque()
     while True:
-        for query in itertools.islice(queries, lookahead + 1 - len(known)):
+        while len(known) <= lookahead:
             try:
+                query = next(queries, None)
+                if query is None:
+                    break
                 plan = source.plan(query)
                 known.append(source.expect(plan) if lookahead else plan)
             except Exception as error:  # those before it come first

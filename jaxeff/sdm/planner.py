@@ -204,9 +204,9 @@ def predict(
         bounds |= {"compute": _rate(compute_seconds), "fetch": streams * _rate(fetch)}
     else:
         bounds["serial"] = _rate(compute_seconds + fetch)
+    busy = check_least("busy_seconds", host_seconds if busy_seconds is None else busy_seconds)
     if cores is not None:
         check_least("cores", cores, 1)
-        busy = check_least("busy_seconds", host_seconds if busy_seconds is None else busy_seconds)
         bounds["cores"] = _rate(compute_seconds + busy / cores)
     if sla_seconds is not None:
         check_least("sla_seconds", sla_seconds)

@@ -90,12 +90,13 @@ def checked(asked: Query, rows: np.ndarray, policy: str = "raise") -> Query:
     tables = np.asarray(asked.tables)
     if tables.ndim != 1 or (len(tables) and not np.issubdtype(tables.dtype, np.integer)):
         raise TypeError(f"tables: expected integers [G], got {tables.dtype} {tables.shape}")
-    asked = asked._replace(tables=tables.astype(np.int32, copy=False))
+    asked = asked._replace(tables=tables)
     if len(asked.tables) != len(asked.offsets) - 1:
         raise ValueError(f"tables names {len(asked.tables)} bags, but offsets has {len(asked.offsets) - 1}")
     if len(asked.tables) and not (0 <= asked.tables.min() and asked.tables.max() < len(rows)):
         found = asked.tables[(asked.tables < 0) | (asked.tables >= len(rows))][0]
         raise ValueError(f"a bag is of table {found}, but there are tables 0 .. {len(rows) - 1}")
+    asked = asked._replace(tables=tables.astype(np.int32, copy=False))
     if _is_right(asked, rows):
         return asked
     bags = check_bags(asked.bags, rows[asked.tables], policy, np.int64)

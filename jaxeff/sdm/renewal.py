@@ -20,7 +20,7 @@ def renewed(tiers: Tiers) -> Tiers | None:
       Tiers of the newest version, whose `store` is open, too; None while there is no newer one.
 
     Raises:
-      ValueError: if the new version has other tables than the placement names.
+      ValueError: if the new version has other tables than the placement names, or not all rows that are pinned.
       jaxeff.sdm.StoreError: if it cannot be opened; the old version can still be read.
     """
     if tiers.store.newer() is None:
@@ -43,8 +43,9 @@ def _cached(old: Tiers, new: Tiers) -> tuple[np.ndarray, np.ndarray]:
     tables, ids = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     numbers = {table.spec.name: number for number, table in enumerate(new.store.tables)}
     for cache in old.cache.caches.values() if old.cache is not None else ():
-        keys, slots = cache.contents()
-        of, rows = split_keys(keys[np.argsort(~cache.in_use(slots), kind="stable")])
+        with old.exclusively():
+            keys, slots = cache.contents()
+            of, rows = split_keys(keys[np.argsort(~cache.in_use(slots), kind="stable")])
         now = np.full(len(of), -1, np.int64)
         for number, table in enumerate(old.store.tables):
             mine = of == number

@@ -26,7 +26,7 @@ from jaxeff.sdm.device_rows import DeviceRows, New
 from jaxeff.sdm.lookups import Needed, Plan, Staged
 from jaxeff.sdm.placement import TIERS
 from jaxeff.sdm.queries import Query
-from jaxeff.sdm.row_cache import row_keys, split_keys
+from jaxeff.sdm.row_cache import split_keys
 from jaxeff.sdm.tiers import Tiers
 
 # Rows of each format; with fewer there are no sets to speak of.
@@ -177,6 +177,13 @@ class Resident:
             rows.expect(keys.get(group, np.zeros(0, np.uint64)))
         return dataclasses.replace(self.tiers.expect(plan), resident=self._announce())
 
+    def forget_expected(self) -> None:
+        """As `Tiers.forget_expected`."""
+        self.tiers.forget_expected()
+        with self.tiers.exclusively():
+            for rows in self.formats:
+                rows.forget_expected()
+
     def _announce(self) -> int:
         self._announced += 1
         return self._announced - 1
@@ -229,6 +236,16 @@ class Resident:
             sent = {group: jax.device_put((one.values, one.where), may_alias=True) for group, one in new.items()}
             new = {group: one._replace(values=sent[group][0], where=sent[group][1]) for group, one in new.items()}
             arrays = jax.device_put(arrays, may_alias=True)
+            found, host_hits = plan.counters.unique, counters.hits + counters.pinned
+            traffic = Traffic(1, found, found - unique, host_hits, counters.reads, moved)
+            self.tiers.counters.add(counters)
+            self.traffic.add(traffic)
+            fetched, order = time.perf_counter() - started, self._fetched
+            staged = StagedRows(
+                arrays, layout, counters, started, read, fetched, plan, (), order, new, groups, traffic
+            )  # fmt: skip
+            self._fetched += 1
+            self._pending.append(staged)
         except BaseException:
             if placed:  # rows that will never be in their places
                 for rows in self.formats:
@@ -237,16 +254,6 @@ class Resident:
         finally:
             for rows in self.formats:
                 rows.release()
-        found, host_hits = plan.counters.unique, counters.hits + counters.pinned
-        traffic = Traffic(1, found, found - unique, host_hits, counters.reads, moved)
-        self.tiers.counters.add(counters)
-        self.traffic.add(traffic)
-        fetched, order = time.perf_counter() - started, self._fetched
-        staged = StagedRows(
-            arrays, layout, counters, started, read, fetched, plan, (), order, new, groups, traffic
-        )  # fmt: skip
-        self._fetched += 1
-        self._pending.append(staged)
         return staged
 
     # ---- on the device -----------------------------------------------------------------------------------------------
@@ -270,8 +277,9 @@ class Resident:
                 "rows; pool queries in the order in which they were fetched, and before more rows are warmed"
             )
         while self._written <= staged.number:
-            for group, new in self._pending.popleft().new.items():
+            for group, new in self._pending[0].new.items():
                 self.formats[group].write(new)
+            self._pending.popleft()
             self._written += 1
         parts = tuple(
             part if group is None else part._replace(rows=self.formats[group].rows)
@@ -319,27 +327,29 @@ class Resident:
           batch: rows that are read at once.
 
         Returns:
-          How many rows came, or were there.
+          How many of these rows are on the device then.
+
+        Raises:
+          TypeError, ValueError: as `Tiers.warm`.
         """
+        if batch < 1:
+            raise ValueError(f"batch={batch} must be at least 1")
+        keys, kept = self.tiers.importance(tables, ids), 0
         if self._pending:
             self.arrays(self._pending[-1])
-        tables = np.asarray(tables)
-        of_table = self.tiers.remaps.rows(tables, np.asarray(ids, np.int64))
-        wanted = (of_table >= 0) & self._cached[tables]
-        distinct, first = np.unique(row_keys(tables[wanted], of_table[wanted]), return_index=True)
-        keys, kept = distinct[np.argsort(first)], 0
-        groups = self.tiers.group[split_keys(keys)[0]]
+        of = split_keys(keys)[0]
+        groups = np.where(self._cached[of], self.tiers.group[of], -1)
         for group, rows in enumerate(self.formats):
             mine = keys[groups == group][: rows.capacity]
-            for start in range(0, len(mine), batch):
+            # From the least important batch on: of what finds no room together, the last to come stay.
+            for start in reversed(range(0, len(mine), batch)):
                 some = mine[start : start + batch]
                 values = rows.buffer(len(some))
                 where = self.tiers.store.locate(*split_keys(some))
                 with self.tiers.exclusively():
                     self.tiers.reader.gather(*where, rows.form.row_bytes, values[: len(some)])
-                slots = rows.warm(some)
-                rows.write(rows.new(values, np.arange(len(some)), slots, 0))
-                kept += int((slots >= 0).sum())
+                rows.write(rows.new(values, np.arange(len(some)), rows.warm(some), 0))
+            kept += int(rows.has(mine).sum())
         # Queries that were fetched before may have lost rows.
         self._fetched += 1
         self._written += 1

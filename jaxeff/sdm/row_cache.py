@@ -326,6 +326,13 @@ class RowCache:
         slots = slots[(next_use[slots] == NEVER) | (next_use[slots] < self._state.now)]
         next_use[slots] = batch
 
+    def known_uses(self, keys: np.ndarray) -> np.ndarray:
+        """Next uses, int32 [n], of rows that are here, and `NEVER` of others and of those whose use is not known."""
+        slots, uses = self.find(keys), np.full(len(keys), NEVER, np.int32)
+        if self._state.next_use is not None:
+            uses[slots >= 0] = self._state.next_use[slots[slots >= 0]]
+        return uses
+
     def advance(self, batch: int, *, choosy: bool = False) -> None:
         """Says which batch comes now, so that next uses before it have passed.
 

@@ -51,6 +51,7 @@ def sharded_lookup(
     mode: str = "sum",
     method: str = "reduce_scatter",
     capacity: int | None = None,
+    rows: int | None = None,
 ) -> Callable[..., Any]:
     """A pooled look-up of a table that is split by rows along an axis of a mesh.
 
@@ -62,6 +63,7 @@ def sharded_lookup(
         "reduce_scatter" adds one partial sum for each device.
       capacity: of "all_to_all", how many ids a device may send to each other one; None for all that it has, which
         always suffices. With less, fewer bytes are moved, and look-ups beyond it are counted as lost.
+      rows: of the table before `padded_table`; ids from there on are out of range. None for all that it has.
 
     Returns:
       A function (table [R, D], indices int32 [B, L], lengths int32 [B] or None, weights float32 [B, L] or None) ->
@@ -86,6 +88,8 @@ def sharded_lookup(
         for name, size in (("rows of the table", len(table)), ("bags", len(indices))):
             if size % parts:
                 raise ValueError(f"the {size} {name} do not split over {parts} devices; pad them to a multiple")
+        if jnp.iinfo(indices.dtype).bits < 32:
+            indices = indices.astype(jnp.int32)
         length = jnp.full(len(indices), indices.shape[1], jnp.int32) if lengths is None else lengths
         weight = jnp.ones(indices.shape, table.dtype) if weights is None else weights
         inside = jnp.arange(indices.shape[1]) < length[:, None]
@@ -96,7 +100,7 @@ def sharded_lookup(
             return local(table, indices, inside, weight, axis=axis, parts=parts)
 
         # As in a look-up on one device: an id out of range makes its bag NaN, and nothing else.
-        outside = inside & ((indices < 0) | (indices >= len(table)))
+        outside = inside & ((indices < 0) | (indices >= (len(table) if rows is None else rows)))
         pooled, lost = on_device(table, indices, inside & ~outside, weight)
         pooled = jnp.where(outside.any(1)[:, None], jnp.nan, pooled)
         if mode == "mean":

@@ -78,6 +78,8 @@ class Ring:
         """
         number = self._next
         self._next = (number + 1) % len(self._buffers)
+        # The turn first, so that whoever reads this buffer from now on learns that it has passed.
+        self._turns[number] += 1
         readers, self._readers[number] = self._readers[number], []
         for leaf in jax.tree.leaves(readers):
             if isinstance(leaf, jax.Array) and leaf.is_deleted():
@@ -88,7 +90,6 @@ class Ring:
         jax.block_until_ready(readers)
         if self._buffers[number][0] != shape:
             self._buffers[number] = (shape, self._make(shape))
-        self._turns[number] += 1
         return Place(number, self._turns[number]), self._buffers[number][1]
 
     def read_by(self, place: Place, results: Any) -> None:
@@ -97,9 +98,9 @@ class Ring:
         Raises:
           RuntimeError: if it was handed out again already.
         """
+        self._readers[place.number].append(results)
         if self._turns[place.number] != place.turn:
             raise RuntimeError(
                 f"a staged query is read after {len(self._buffers)} others were fetched, which took its buffer; pool "
                 "each query before asking for the next, or open the tiers with more buffers"
             )
-        self._readers[place.number].append(results)

@@ -84,8 +84,8 @@ class Tiers:
           buffers: queries that may be staged at once, at least 3.
 
         Raises:
-          ValueError: for a tier, table, mode, policy or form that does not exist, tables of different dimensions, or a
-            budget that is negative or too small for a cache.
+          ValueError: for a tier, table, mode, policy or form that does not exist, tables of different dimensions, fewer
+            than 3 buffers, or a budget that is negative or too small for a cache.
           jaxeff.sdm.StoreError: for tables in memory that are damaged; they are verified as they are read.
           OSError: for files that cannot be read.
         """
@@ -125,6 +125,7 @@ class Tiers:
         # One thread at a time has the reader, the caches and the buffers. The cache of vectors is asked by the thread
         # that plans, and filled by the one that computes.
         self._fetching, self._of_vectors = threading.Lock(), threading.Lock()
+        self._looking = threading.Lock()
         self._closed = False
         self.reader: Reader = open_reader(store.paths, backend=reader, direct=direct, queue_depth=queue_depth)
         try:
@@ -216,6 +217,12 @@ class Tiers:
             return plan
         with self._fetching:
             return dataclasses.replace(plan, number=self._told.expect(plan.keys))
+
+    def forget_expected(self) -> None:
+        """Says that what was announced by `expect` and was not fetched will not come."""
+        if isinstance(self._told, LookAhead):
+            with self._fetching:
+                self._told.forget()
 
     # ---- fetching ----------------------------------------------------------------------------------------------------
 
@@ -400,9 +407,10 @@ class Tiers:
             self.vectors.insert(keys[new], found)  # type: ignore[index]
 
     def lookup(self, asked: Query, deadline: float | None = None) -> jax.Array:
-        """Plans, fetches and pools one query: float32 [G, D]."""
-        staged = self.fetch(self.plan(asked), deadline)
-        pooled = self.pool(staged)
+        """Plans, fetches and pools one query: float32 [G, D]; threads that do so wait for each other."""
+        with self._looking:
+            staged = self.fetch(self.plan(asked), deadline)
+            pooled = self.pool(staged)
         self.remember(staged, pooled)
         return pooled
 
@@ -436,43 +444,61 @@ class Tiers:
 
         Args:
           tables: int [n].
-          ids: int [n]; those of tables that are not cached, and pruned ones, are passed over.
-          batch: rows that are read at once.
+          ids: int [n]; those of tables that are not cached, and pruned and pinned ones, are passed over.
+          batch: rows that are read at once, at least 1.
 
         Returns:
           How many of these rows are in the cache then.
 
         Raises:
-          ValueError: for tables or ids that do not exist.
+          TypeError, ValueError: as `importance`, and for a batch below 1.
         """
-        tables, ids = np.asarray(tables), np.asarray(ids, np.int64)
+        if batch < 1:
+            raise ValueError(f"batch={batch} must be at least 1")
+        if self.cache is None:
+            self.importance(tables, ids)
+            return 0
+        keys, kept = self.importance(tables, ids), 0
+        of = split_keys(keys)[0]
+        keys = keys[self.tiers[of] == TIERS.index("cached")]
+        for group, pins in enumerate(self._pinned):
+            if pins is not None:
+                keys = keys[(self.group[split_keys(keys)[0]] != group) | (pins.find(keys) < 0)]
+        sizes = np.array([form.row_bytes for form in self.formats])[self.group]
+        for size, cache in self.cache.caches.items():
+            mine = keys[sizes[split_keys(keys)[0]] == size][: cache.capacity]
+            # From the least important batch on: of what finds no room together, the last to come stay.
+            for start in reversed(range(0, len(mine), batch)):
+                some = mine[start : start + batch]
+                values = np.empty((len(some), size), np.uint8)
+                with self._fetching:
+                    self.reader.gather(*self.store.locate(*split_keys(some)), size, values)
+                    cache.warm(some, values)
+            kept += int((cache.find(mine) >= 0).sum())
+        return kept
+
+    def importance(self, tables: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Keys of rows, uint64 [m], each once, in the order in which they stand first; pruned ones are left out.
+
+        Raises:
+          TypeError: for tables or ids that are not integers.
+          ValueError: for those that do not exist.
+        """
+        tables, ids = np.asarray(tables), np.asarray(ids)
+        if tables.shape != ids.shape or tables.ndim != 1:
+            raise ValueError(f"tables and ids must be [n] both, got {tables.shape} and {ids.shape}")
+        for name, array in (("tables", tables), ("ids", ids)):
+            if len(array) and not np.issubdtype(array.dtype, np.integer):
+                raise TypeError(f"{name} must be integers, got {array.dtype}")
+        tables, ids = tables.astype(np.int64), ids.astype(np.int64)
         if len(tables) and not 0 <= tables.min() <= tables.max() < len(self.rows):
             raise ValueError(f"tables must be 0 .. {len(self.rows) - 1}, got {tables.min()} .. {tables.max()}")
         if (wrong := (ids < 0) | (ids >= self.rows[tables])).any():
             table, odd = tables[wrong][0], ids[wrong][0]
             raise ValueError(f"ids of table {table} must be 0 .. {self.rows[table] - 1}, got {odd}")
-        if self.cache is None:
-            return 0
         rows = self.remaps.rows(tables, ids)
-        wanted = (rows >= 0) & (self.tiers[tables] == TIERS.index("cached"))
-        distinct, first = np.unique(row_keys(tables[wanted], rows[wanted]), return_index=True)
-        keys = distinct[np.argsort(first)]
-        kept = 0
-        for group, form in enumerate(self.formats):
-            mine = keys[self.group[split_keys(keys)[0]] == group]
-            if not len(mine):
-                continue
-            cache = self.cache.caches[form.row_bytes]
-            mine = mine[: cache.capacity]
-            # From the least important batch on: of what finds no room together, the last to come stay.
-            for start in reversed(range(0, len(mine), batch)):
-                some = mine[start : start + batch]
-                values = np.empty((len(some), form.row_bytes), np.uint8)
-                with self._fetching:
-                    self.reader.gather(*self.store.locate(*split_keys(some)), form.row_bytes, values)
-                    cache.warm(some, values)
-            kept += int((cache.find(mine) >= 0).sum())
-        return kept
+        distinct, first = np.unique(row_keys(tables[rows >= 0], rows[rows >= 0]), return_index=True)
+        return distinct[np.argsort(first)]
 
     def _positions(self, loaded: Loaded, asked: Query) -> np.ndarray:
         """Where rows of bags are among those in memory."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxeff.sdm import reuse
-from jaxeff.sdm.row_cache import RowCache
+from jaxeff.sdm.row_cache import NEVER, RowCache
 from jaxeff.sdm.sets import ROW_BITS
 
 # Points of a hit curve; between them it is taken as straight.
@@ -157,6 +157,13 @@ class UnifiedCache:
         """As `RowCache.postpone`."""
         for cache, mine in self._parts(self._tables(keys)):
             cache.postpone(keys[mine], batch)
+
+    def known_uses(self, keys: np.ndarray) -> np.ndarray:
+        """As `RowCache.known_uses`."""
+        uses = np.full(len(keys), NEVER, np.int32)
+        for cache, mine in self._parts(self._tables(keys)):
+            uses[mine] = cache.known_uses(keys[mine])
+        return uses
 
     def advance(self, batch: int, *, choosy: bool = False) -> None:
         """As `RowCache.advance`."""

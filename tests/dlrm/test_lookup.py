@@ -34,7 +34,12 @@ def test_examples_become_bags_table_after_table():
     np.testing.assert_array_equal(asked.tables, [0, 0, 1, 1])
     weighted = lookup.query_of(np.zeros((1, 1, 2), int), np.array([[2]]), np.array([[[0.5, 2.0]]]))
     np.testing.assert_array_equal(weighted.weights, np.float32([0.5, 2.0]))
-    for ids, lengths in ((np.zeros((2, 2)), np.zeros((2, 2), int)), (np.zeros((2, 2, 3)), np.zeros((2, 3), int))):
+    with pytest.raises(TypeError, match="ids: expected integers, got float64"):
+        lookup.query_of(np.full((1, 1, 1), 1.9), np.array([[1]]))
+    for ids, lengths in (
+        (np.zeros((2, 2), int), np.zeros((2, 2), int)),
+        (np.zeros((2, 2, 3), int), np.zeros((2, 3), int)),
+    ):
         with pytest.raises(ValueError, match=r"expected ids \[B, T, L\] and lengths \[B, T\]"):
             lookup.query_of(ids, lengths)
     with pytest.raises(ValueError, match="lengths: expected 0 .. 3, got 0 .. 4"):
@@ -47,6 +52,8 @@ def test_bags_of_a_user_are_shared_by_all_examples():
     np.testing.assert_array_equal(vectors[..., 0], [[0, 1, 4], [0, 2, 4], [0, 3, 4]])
     with pytest.raises(ValueError, match="bags: expected 1 or 3 for each table, got 2"):
         lookup.per_example(pooled, [1, 2, 1], 3)
+    with pytest.raises(ValueError, match=r"the query has 5 bags, but \(1, 3\) are 4"):
+        lookup.per_example(pooled, [1, 3], 3)
 
 
 def test_scores_are_those_of_tables_in_memory(model):

@@ -45,6 +45,16 @@ def test_an_id_out_of_range_makes_its_bag_nan(problem, method):
     np.testing.assert_array_equal(np.isnan(pooled), np.isnan(pooled_lookup(table, wrong, lengths)))
 
 
+def test_rows_of_padding_and_small_integers_are_no_trap(problem):
+    table, ids, _, _ = problem
+    look_up = sharded.sharded_lookup(parallel.mesh({"rows": 8}), "rows", rows=93)
+    pooled, _ = look_up(table, ids.at[0, 0].set(94))
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(pooled).any(1)), [0])
+    large = jnp.ones((1000, 2))
+    pooled, _ = sharded.sharded_lookup(parallel.mesh({"rows": 8}), "rows")(large, ids.astype(jnp.int8))
+    np.testing.assert_array_equal(pooled, np.full((24, 2), 7.0))
+
+
 def test_a_mesh_with_explicit_axes_is_refused():
     with pytest.raises(ValueError, match="make it by jaxeff.parallel.mesh"):
         sharded.sharded_lookup(jax.make_mesh((8,), ("rows",)), "rows")

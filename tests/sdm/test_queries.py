@@ -99,6 +99,10 @@ def test_tables_that_are_no_integers_are_refused():
     asked = queries.query([bags([1])])
     with pytest.raises(TypeError, match=r"tables: expected integers \[G\], got float64"):
         queries.checked(asked._replace(tables=np.array([0.0])), np.array([10]))
+    with pytest.raises(ValueError, match="a bag is of table 4294967296, but there are tables 0 .. 0"):
+        queries.checked(asked._replace(tables=np.array([2**32])), np.array([10]))
+    with pytest.raises(ValueError, match="9223372036854775813 is more than int64 holds"):
+        queries.query([Bags(np.array([2**63 + 5], np.uint64), np.array([0, 1]))])
     assert queries.checked(asked._replace(tables=[0]), np.array([10])).tables.dtype == np.int32
 
 

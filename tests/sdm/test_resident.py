@@ -14,6 +14,7 @@ from jaxeff.sdm import device_cache, device_rows, pooling, queries
 from jaxeff.sdm.encoding import KINDS, RowFormat, decode, encode
 from jaxeff.sdm.io.errors import ReadError
 from jaxeff.sdm.resident import Resident
+from jaxeff.sdm.row_cache import row_keys
 from jaxeff.sdm.sets import ROW_BITS
 from jaxeff.sdm.table import TableSpec, open_store
 from jaxeff.sdm.tiers import Tiers
@@ -211,7 +212,13 @@ def test_rows_for_ever_are_those_that_were_warmed(stores):
 def test_warming_keeps_the_first_rows_that_have_room(stores):
     with stores(*("float32",) * 3) as store, Tiers(store, MIXED) as tiers:
         resident = Resident(tiers, 40 * 24)
-        kept = resident.warm(np.ones(90, int), np.arange(90)[::-1])
+        for table, odd, message in ((1, 95, "ids of table 1 must be 0 .. 89, got 95"), (1, -1, "got -1")):
+            with pytest.raises(ValueError, match=message):
+                resident.warm([table], [odd])
+        with pytest.raises(ValueError, match="batch=0 must be at least 1"):
+            resident.warm([1], [0], batch=0)
+        kept = resident.warm(np.ones(90, int), np.arange(90)[::-1], batch=7)
+        assert resident.formats[0].has(row_keys(np.ones(7, int), np.arange(83, 90))).all()
         assert 20 < kept == len(resident) <= resident.capacity <= 40
         asked = queries.query([Bags(np.arange(90), np.array([0, 90]))], tables=[1])
         np.testing.assert_array_equal(resident.lookup(asked), expected(asked, values()))

@@ -55,6 +55,24 @@ def test_a_buffer_that_was_handed_out_again_cannot_be_read_any_more():
         ring.read_by(late, None)
 
 
+def test_a_buffer_that_is_read_while_it_is_handed_out_is_an_error():
+    ring = Ring(3, lambda size: np.zeros(size))
+    place, _ = ring.take(4)
+
+    class Late:
+        """Reads the buffer again while the ring waits for its reader."""
+
+        def block_until_ready(self):
+            with pytest.raises(RuntimeError, match="which took its buffer"):
+                ring.read_by(place, None)
+            self.seen = True
+
+    ring.read_by(place, late := Late())
+    for _ in range(3):
+        ring.take(4)
+    assert late.seen
+
+
 def test_results_that_were_donated_say_nothing_of_when_the_buffer_was_read():
     ring = Ring(3, lambda size: np.zeros(size))
     place, _ = ring.take(4)

@@ -184,6 +184,15 @@ def test_look_ups_of_several_threads_wait_for_each_other(stores):
         assert opened.counters.queries == 40
 
 
+def test_more_threads_than_buffers_look_up(stores):
+    asked = [random_query(seed) for seed in range(40)]
+    with open_store(stores("float32", "float32", "float32")) as store:
+        with tiers.Tiers(store, cache_bytes=3000, buffers=3) as opened, ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(opened.lookup, asked))
+    for one, pooled in zip(asked, found, strict=True):
+        np.testing.assert_array_equal(pooled, expected(one, values()))
+
+
 def test_a_staged_query_that_is_pooled_too_late_is_an_error(stores):
     with open_store(stores("float32", "float32", "float32")) as store, tiers.Tiers(store, buffers=3) as opened:
         staged = [opened.fetch(opened.plan(random_query(seed))) for seed in range(4)]
@@ -219,6 +228,13 @@ def test_an_error_while_opening_closes_the_files(stores):
             errors.append(caught)
         assert len(os.listdir("/proc/self/fd")) == opened
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_more_rows_than_int32_numbers_are_refused_in_memory(stores, monkeypatch):
+    monkeypatch.setattr("jaxeff.sdm.loaded.MOST_ROWS", 100)
+    with open_store(stores("float32", "float32", "float32")) as store:
+        with pytest.raises(ValueError, match="155 rows of one format in memory are more than int32 can number"):
+            tiers.Tiers(store, "memory")
 
 
 def test_damage_is_found_when_a_table_is_loaded(tmp_path):
@@ -334,6 +350,11 @@ def test_warming_keeps_the_most_important_rows_and_names_wrong_ones(stores):
             for table, odd, message in ((1, 90, "ids of table 1 must be 0 .. 89, got 90"), (2, -1, "0 .. 24, got -1")):
                 with pytest.raises(ValueError, match=message):
                     opened.warm(np.array([0, table]), np.array([0, odd]))
+            assert opened.warm([], []) == 0
+            with pytest.raises(ValueError, match="batch=0 must be at least 1"):
+                opened.warm([0], [0], batch=0)
+            with pytest.raises(TypeError, match="ids must be integers, got float64"):
+                opened.warm([0], [1.7])
             with pytest.raises(ValueError, match="tables must be 0 .. 2, got 0 .. 3"):
                 opened.warm(np.array([0, 3]), np.array([0, 0]))
 
@@ -416,6 +437,38 @@ def test_a_stream_that_is_closed_early_does_not_spoil_the_next(stores):
                     opened.pool(staged)
                 reads.append(opened.counters.reads - before)
     assert reads[1] <= reads[0] * 1.05
+
+
+def test_after_a_stream_with_look_ahead_the_cache_takes_new_rows(stores):
+    rng = np.random.default_rng(0)
+    asked = [queries.query([Bags(rng.integers(0, 90, 40), np.array([0, 40]))], tables=[1]) for _ in range(40)]
+    few = queries.query([Bags(np.arange(20), np.array([0, 20]))], tables=[1])
+    with open_store(stores("float32", "float32", "float32")) as store:
+        with tiers.Tiers(store, cache_bytes=1800, lookahead=True) as opened:
+            first = pipeline.stream(opened, asked, lookahead=20)
+            for _ in range(10):
+                opened.pool(next(first))
+            first.close()
+            for _ in range(6):
+                before = opened.counters.hits
+                opened.lookup(few)
+            assert opened.counters.hits - before >= 18
+
+
+def test_an_error_of_the_source_comes_after_the_queries_before_it(stores):
+    def source():
+        yield from (random_query(seed) for seed in range(10))
+        raise KeyError("the queue broke")
+
+    for lookahead in (0, 8):
+        with open_store(stores("float32", "float32", "float32")) as store:
+            with tiers.Tiers(store, cache_bytes=3000, lookahead=True) as opened:
+                seen = 0
+                with pytest.raises(KeyError, match="the queue broke"):
+                    for staged in pipeline.stream(opened, source(), lookahead=lookahead):
+                        opened.pool(staged)
+                        seen += 1
+                assert seen == 10
 
 
 def test_with_look_ahead_queries_before_a_bad_one_come_first(stores):
