@@ -153,8 +153,8 @@ def tiered(pairs: int) -> Iterator[dict[str, Any]]:
         yield _ratio("tiered_p99", slow["tiers"], slow["memory"], said, better="lower", target=3.0)
         each = {name: 1e3 * statistics.median(stages[name]) / WINDOW for name in ("fetch", "compute", "together")}
         said = (
-            f"the longer of fetching ({each['fetch']:.2f} ms a query) and computing ({each['compute']:.2f}) as many one "
-            f"by one; together {each['together']:.2f}, the cores {100 * statistics.median(stages['cores']):.0f} % busy"
+            f"the longer of fetching ({each['fetch']:.2f} ms a query) and computing ({each['compute']:.2f}) as many "
+            f"one by one; together {each['together']:.2f}, the cores {statistics.median(stages['cores']):.0%} busy"
         )
         yield _ratio("overlap", rates["serial"], rates["stages"], said, better="lower", target=1.2)
 
