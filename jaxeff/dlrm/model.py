@@ -411,7 +411,7 @@ def pool(
     Args:
       architecture: whose tables they are.
       tables: float [rows, D] by name.
-      ids: as in `bags_of`; ids in range, see `jaxeff.ops.embedding_bag.check_bags`.
+      ids: as in `bags_of`; ids in range, see `jaxeff.ops.bags.check_bags`.
       lengths: as in `bags_of`.
       weights: as in `bags_of`.
       mode: "sum" or "mean".

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxeff.dlrm.popularity import PUBLISHED, Popularity, Shares, check_popularity, counts_of_tables, shares
 from jaxeff.dlrm.recency import DEFAULT, CoAccess, Recency, check_coaccess, check_recency, groups, moments
-from jaxeff.ops.embedding_bag import Bags
+from jaxeff.ops.bags import Bags
 
 SIDES: tuple[str, ...] = ("user", "item")
 

@@ -90,7 +90,7 @@ class PooledCache:
         Args:
           tables: int [b], the table of each bag; pooling of another kind needs a number of its own.
           bags: their `indices` int [N], `offsets` int64 [b + 1] and `weights` float32 [N], or None for ones, as of
-            `jaxeff.ops.embedding_bag.check_bags`.
+            `jaxeff.ops.bags.check_bags`.
 
         Returns:
           uint64 [b, 2]; zeros for bags that are not kept.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxeff.ops.embedding_bag import Bags, check_bags, well_formed
+from jaxeff.ops.bags import Bags, check_bags, well_formed
 
 
 class Query(NamedTuple):
@@ -46,7 +46,7 @@ def query(bags: Sequence[Bags], tables: Sequence[int] | None = None) -> Query:
 
     Raises:
       ValueError: if some tables have weights and others none, `tables` is of another length, or offsets or weights of a
-        table are wrong, as of `jaxeff.ops.embedding_bag.well_formed`.
+        table are wrong, as of `jaxeff.ops.bags.well_formed`.
       TypeError: for ids or offsets that are not integers.
     """
     tables = range(len(bags)) if tables is None else tables
@@ -81,7 +81,7 @@ def checked(asked: Query, rows: np.ndarray, policy: str = "raise") -> Query:
     Args:
       asked: the query.
       rows: int64 [T], rows of each table.
-      policy: of ids out of range, as in `jaxeff.ops.embedding_bag.check_bags`.
+      policy: of ids out of range, as in `jaxeff.ops.bags.check_bags`.
 
     Raises:
       TypeError: for tables that are not integers, and as `check_bags`.

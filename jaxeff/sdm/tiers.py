@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxeff.ops import embedding_bag
+from jaxeff.ops.bags import POLICIES
 from jaxeff.sdm import holdings, pooling, queries
 from jaxeff.sdm.assembly import Assembler
 from jaxeff.sdm.encoding import decode, zero_row
@@ -99,7 +100,7 @@ class Tiers:
             odd = sorted(set(placed) ^ set(names))
             raise ValueError(f"placement must give a tier to every table and no other; this does not fit: {odd}")
         known = {"tier": (TIERS, set(placed.values())), "mode": (MODES, {mode})}
-        for what, (allowed, given) in (known | {"policy": (embedding_bag.POLICIES, {policy})}).items():
+        for what, (allowed, given) in (known | {"policy": (POLICIES, {policy})}).items():
             if wrong := sorted(given - set(allowed)):
                 raise ValueError(f"{what}={wrong[0]!r} is unknown; there are {', '.join(allowed)}")
         for name, size in (("cache_bytes", cache_bytes), ("pooled_bytes", pooled_bytes)):

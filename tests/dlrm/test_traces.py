@@ -12,7 +12,7 @@ from jaxeff.dlrm import popularity, recency, recorded, traces
 from jaxeff.dlrm.popularity import PUBLISHED, Zipf
 from jaxeff.dlrm.recency import CoAccess, Recency
 from jaxeff.dlrm.traces import Feature
-from jaxeff.ops.embedding_bag import check_bags
+from jaxeff.ops.bags import check_bags
 
 NEWEST = PUBLISHED["2022_t788_bs131072_0"]
 FEATURES = (

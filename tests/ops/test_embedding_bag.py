@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxeff.ops import embedding_bag, native
-from jaxeff.ops.embedding_bag import Bags, check_bags, embedding_bag_csr, native_lookup, padded, pooled_lookup
+from jaxeff.ops.bags import Bags, check_bags, padded
+from jaxeff.ops.embedding_bag import embedding_bag_csr, native_lookup, pooled_lookup
 
 missing = embedding_bag.unavailable()
 compiled = pytest.mark.skipif(bool(missing), reason=str(missing))

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxeff.ops.embedding_bag import Bags, pooled_lookup
+from jaxeff.ops.bags import Bags
+from jaxeff.ops.embedding_bag import pooled_lookup
 from jaxeff.sdm import device_cache, device_rows, host_memory, queries
 from jaxeff.sdm.encoding import KINDS, RowFormat, decode, encode
 from jaxeff.sdm.pipeline import stream

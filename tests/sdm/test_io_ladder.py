@@ -12,6 +12,7 @@ import pytest
 from jaxeff.sdm.io import kernel, mapped
 from jaxeff.sdm.io.errors import ReadError, ShortRead
 from jaxeff.sdm.io.reader import open_reader
+from tests.sdm.files import rows_of
 
 SHM = pathlib.Path("/dev/shm")
 
@@ -26,21 +27,6 @@ def forbid(monkeypatch, *names, code=errno.EPERM):
         return allowed(name, *args)
 
     monkeypatch.setattr(kernel, "call", call)
-
-
-@pytest.fixture
-def contents(tmp_path):
-    """Three files of odd sizes: their paths and bytes."""
-    rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 256, size, dtype=np.uint8) for size in (100_003, 700, 8192)]
-    paths = [tmp_path / f"table{number}" for number in range(3)]
-    for path, array in zip(paths, arrays, strict=True):
-        array.tofile(path)
-    return paths, arrays
-
-
-def rows_of(arrays, files, offsets, length):
-    return np.array([arrays[f][o : o + length] for f, o in zip(files, offsets, strict=True)]).reshape(-1, length)
 
 
 SETTINGS = {

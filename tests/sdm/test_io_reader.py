@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jaxeff.sdm.io import kernel, reader
 from jaxeff.sdm.io.errors import DeadlineExceeded, ShortRead
 from jaxeff.sdm.io.reader import open_reader
+from tests.sdm.files import rows_of
 from tests.sdm.uring_fake import FakeUring
 
 
@@ -50,21 +51,6 @@ def some_ring():
         if not uring_works():
             patch.setattr(kernel, "SystemUring", FakeUring)
         yield
-
-
-@pytest.fixture
-def contents(tmp_path):
-    """Three files of odd sizes: their paths and bytes."""
-    rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 256, size, dtype=np.uint8) for size in (100_003, 700, 8192)]
-    paths = [tmp_path / f"table{number}" for number in range(3)]
-    for path, array in zip(paths, arrays, strict=True):
-        array.tofile(path)
-    return paths, arrays
-
-
-def rows_of(arrays, files, offsets, length):
-    return np.array([arrays[f][o : o + length] for f, o in zip(files, offsets, strict=True)]).reshape(-1, length)
 
 
 @pytest.mark.parametrize(("backend", "direct"), WAYS)

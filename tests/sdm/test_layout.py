@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxeff.ops.embedding_bag import Bags
+from jaxeff.ops.bags import Bags
 from jaxeff.sdm import layout, queries
 from jaxeff.sdm.encoding import RowFormat
 from jaxeff.sdm.table import TableSpec, open_store

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxeff.ops.embedding_bag import Bags
+from jaxeff.ops.bags import Bags
 from jaxeff.sdm import queries
 
 

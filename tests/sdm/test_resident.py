@@ -8,34 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxeff.ops import embedding_bag
-from jaxeff.ops.embedding_bag import Bags
+from jaxeff.ops.bags import Bags
 from jaxeff.sdm import device_cache, device_rows, pooling, queries
-from jaxeff.sdm.encoding import KINDS, RowFormat, decode, encode
+from jaxeff.sdm.encoding import KINDS, RowFormat
 from jaxeff.sdm.io.errors import ReadError
 from jaxeff.sdm.resident import Resident
 from jaxeff.sdm.row_cache import row_keys
 from jaxeff.sdm.sets import ROW_BITS
-from jaxeff.sdm.table import TableSpec, open_store
+from jaxeff.sdm.table import open_store
 from jaxeff.sdm.tiers import Tiers
-from jaxeff.sdm.writer import Writer
+from tests.sdm.tables import DIM, FORMS, expected, random_query, stored, values, write
 
-DIM, ROWS = 6, (40, 90, 25)
-FORMS = ["padded", *([] if embedding_bag.unavailable() else ["csr"])]
 MIXED = {"table0": "memory", "table1": "cached", "table2": "direct"}
-
-
-def values(seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=(rows, DIM)).astype(np.float32) for rows in ROWS]
-
-
-def write(folder, kinds, tables=None, remaps=(None, None, None)):
-    with Writer(folder) as writer:
-        for index, (kind, table, remap) in enumerate(zip(kinds, tables or values(), remaps, strict=True)):
-            writer.add(TableSpec(f"table{index}", len(table), RowFormat(kind, DIM)), [table], remap=remap)
-        writer.publish()
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,33 +32,6 @@ def stores(tmp_path_factory):
         return open_store(folders[kinds])
 
     return get
-
-
-def random_query(seed, bags=5, longest=8, weighted=False):
-    rng = np.random.default_rng(seed)
-    asked = []
-    for count in ROWS:
-        lengths = rng.integers(0, longest, bags)
-        ids = np.minimum(rng.zipf(1.3, lengths.sum()) - 1, count - 1)
-        weights = rng.normal(size=len(ids)).astype(np.float32) if weighted else None
-        asked.append(Bags(ids, np.concatenate([[0], np.cumsum(lengths)]), weights))
-    return queries.query(asked)
-
-
-def expected(asked, tables, mode="sum"):
-    """In float32, row by row in the order of the bags."""
-    pooled = np.zeros((len(asked.tables), DIM), np.float32)
-    for bag, table in enumerate(asked.tables):
-        for at in range(asked.offsets[bag], asked.offsets[bag + 1]):
-            row = tables[table][asked.indices[at]]
-            pooled[bag] += row if asked.weights is None else row * asked.weights[at]
-        if mode == "mean":
-            pooled[bag] /= np.float32(max(1, asked.lengths[bag]))
-    return pooled
-
-
-def stored(kinds):
-    return [decode(encode(t, RowFormat(k, DIM)), RowFormat(k, DIM)) for t, k in zip(values(), kinds, strict=True)]
 
 
 def distinct_rows(asked, *tables):
